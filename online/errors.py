@@ -1,0 +1,40 @@
+"""Errors of the learning room, by cause. The constructor takes facts, the class makes the sentence; facts in ``args`` keep them picklable."""
+
+from __future__ import annotations
+
+
+class OnlineError(Exception):
+    """Base of all errors of ``tumbaga.online``."""
+
+
+class BadFrameError(OnlineError, ValueError):
+    """A frame or a label holds something that no potential can be asked about."""
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(what, problem)
+        self.what, self.problem = what, problem
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.problem}"
+
+
+class LabelFailedError(OnlineError):
+    """A label could not be computed; the reason is kept and nothing is learnt from it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class UpdateRefusedError(OnlineError):
+    """A last-layer update was computed but must not serve."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason

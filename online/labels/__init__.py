@@ -1,0 +1,1 @@
+"""Label engines: one file an engine, foreign imports inside it."""

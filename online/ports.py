@@ -1,0 +1,102 @@
+"""The ports: what a potential, a labeller and a store must offer. Implementations live elsewhere and are handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from tumbaga.online.records import Array, Frame, Label, Prediction
+
+
+@dataclass(frozen=True)
+class PotentialSpec:
+    """What a back end declares about a potential.
+
+    Attributes:
+        name: as the user wrote it, e.g. "painn:cuau-water".
+        elements: atomic numbers it knows; empty means any.
+        cutoff: interaction range, Å.
+        n_hidden: width of the linear readout's input; 0 where there is none (the potential then serves, but cannot learn).
+        level: level of theory it was fitted to, for people.
+    """
+
+    name: str
+    elements: tuple[int, ...]
+    cutoff: float
+    n_hidden: int = 0
+    level: str = ""
+
+    @property
+    def n_columns(self) -> int:
+        """Length of the readout: one block of n_hidden weights an element, in the order of `elements`."""
+        return len(self.elements) * self.n_hidden
+
+
+@dataclass(frozen=True, eq=False)
+class ForceRows:
+    """The linear model behind one frame: E = phi · w + energy_fixed and F = rows @ w + forces_fixed, for readout weights w.
+
+    Attributes:
+        phi: summed features in element blocks, shape (n_columns,), float64.
+        rows: -dphi/dR, shape (3 * n_atoms, n_columns), float64, per Å; the row of atom i and direction c is 3 * i + c.
+        energy_fixed: the part of the energy outside the readout, eV.
+        forces_fixed: the part of the forces outside the readout, shape (n_atoms, 3), float64, eV/Å.
+    """
+
+    phi: Array
+    rows: Array
+    energy_fixed: float
+    forces_fixed: Array
+
+
+@runtime_checkable
+class Potential(Protocol):
+    """A model that maps frames to energies and forces."""
+
+    @property
+    def spec(self) -> PotentialSpec:
+        """Its declaration."""
+
+    def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
+        """Evaluate several frames, of any sizes, as one batch.
+
+        Args:
+            frames: the frames.
+            readouts: readout weights for each frame, shape (n_frames, n_columns), float64, eV; None means the potential's own.
+                Different frames may be served by different weights (ramps). Ignored where n_hidden is 0.
+
+        Returns:
+            One prediction a frame, in order. Never raises for strange geometries: it may return non-finite numbers instead.
+        """
+
+
+@runtime_checkable
+class Trainable(Potential, Protocol):
+    """A potential whose energy is linear in a readout: it can take last-layer updates."""
+
+    def readout(self) -> Array:
+        """Its own readout weights, shape (n_columns,), float64, eV, in element blocks."""
+
+    def force_rows(self, frame: Frame) -> ForceRows:
+        """The linear model of one frame; exact to the arithmetic of the back end."""
+
+    def state(self) -> Mapping[str, np.ndarray]:
+        """All tensors, for a version file (safetensors)."""
+
+
+class Labeller(Protocol):
+    """Computes the reference energy and forces of frames; runs in a process of its own."""
+
+    @property
+    def method(self) -> str:
+        """Identifies the level of theory."""
+
+    def label(self, frame: Frame) -> Label:
+        """Label one frame.
+
+        Raises:
+            LabelFailedError: with the reason, whenever the result could not be trusted (no convergence above all).
+        """
