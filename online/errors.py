@@ -38,3 +38,25 @@ class UpdateRefusedError(OnlineError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class StoreError(OnlineError):
+    """The store cannot be read or written the way it was asked."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"store {self.path} {self.problem}"
+
+
+class VersionError(OnlineError):
+    """A version file must not serve."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"version file {self.path} {self.problem}"

@@ -21,6 +21,7 @@ class PotentialSpec:
         cutoff: interaction range, Å.
         n_hidden: width of the linear readout's input; 0 where there is none (the potential then serves, but cannot learn).
         level: level of theory it was fitted to, for people.
+        mean_h2: mean squared norm of a force row over the training frames, Å^-2: sets the prior of the last-layer update; 0 if unknown.
     """
 
     name: str
@@ -28,6 +29,7 @@ class PotentialSpec:
     cutoff: float
     n_hidden: int = 0
     level: str = ""
+    mean_h2: float = 0.0
 
     @property
     def n_columns(self) -> int:

@@ -1,0 +1,115 @@
+"""Toy potentials with exact answers: "toy:zero", "toy:lj", and "toy:nan" that fails on purpose. To check a set-up, and for tests.
+
+Options follow a question mark: "toy:lj?epsilon=0.0104&sigma=3.4" (eV, Å), "toy:nan?after=20&every=0".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from tumbaga.driver.errors import PotentialError
+from tumbaga.online.ports import PotentialSpec
+from tumbaga.online.records import Array, Frame, Prediction
+
+
+class Zero:
+    """No interaction at all: E = 0, F = 0."""
+
+    def __init__(self) -> None:
+        self.spec = PotentialSpec(name="toy:zero", elements=(), cutoff=0.0, level="exact")
+
+    def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
+        """Zeros for every frame."""
+        return [Prediction(0.0, np.zeros((len(frame), 3)), np.zeros((3, 3))) for frame in frames]
+
+
+class LennardJones:
+    """E = sum over pairs of 4 epsilon ((sigma/r)^12 - (sigma/r)^6), all pairs, no cutoff, clusters only.
+
+    Args:
+        epsilon: well depth, eV.
+        sigma: distance of zero energy, Å.
+
+    Source:
+        J. E. Jones, Proc. R. Soc. Lond. A 106, 463 (1924).
+    """
+
+    def __init__(self, epsilon: float = 0.0104, sigma: float = 3.4) -> None:
+        self.epsilon, self.sigma = epsilon, sigma
+        self.spec = PotentialSpec(name=f"toy:lj?epsilon={epsilon:g}&sigma={sigma:g}", elements=(), cutoff=np.inf, level="exact")
+
+    def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
+        """Exact float64 energies and forces; NaN for a periodic frame, which it does not know."""
+        return [self._one(frame) for frame in frames]
+
+    def _one(self, frame: Frame) -> Prediction:
+        if frame.periodic:
+            return Prediction(np.nan, np.full((len(frame), 3), np.nan), np.full((3, 3), np.nan))
+        first, second = np.triu_indices(len(frame), 1)
+        vectors = frame.positions[second] - frame.positions[first]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            square = np.einsum("pc,pc->p", vectors, vectors)
+            six = (self.sigma**2 / square) ** 3
+            energy = 4.0 * self.epsilon * float(np.sum(six * six - six))
+            # dE/dr / r, so that the force on the second atom is -slope * vector
+            slope = (24.0 * self.epsilon * (six - 2.0 * six * six) / square)[:, None] * vectors
+        forces = np.zeros((len(frame), 3))
+        np.add.at(forces, first, slope)
+        np.add.at(forces, second, -slope)
+        return Prediction(energy, forces, -vectors.T @ slope)
+
+
+class NotANumber(LennardJones):
+    """A Lennard-Jones potential that answers NaN after so many calls: the broken model that must never reach the wire.
+
+    Args:
+        after: number of good calls of this process before the first NaN.
+        every: after that, every so many calls are NaN; 0 or 1 means all.
+    """
+
+    def __init__(self, after: int = 0, every: int = 1) -> None:
+        super().__init__()
+        self._after, self._every, self._calls = after, max(1, every), 0
+        self.spec = PotentialSpec(name=f"toy:nan?after={after}&every={every}", elements=(), cutoff=np.inf, level="none")
+
+    def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
+        """Good numbers first, then NaN in energy and one force."""
+        good = super().predict(frames)
+        self._calls += 1
+        if self._calls <= self._after or (self._calls - self._after) % self._every:
+            return good
+        for prediction in good:
+            prediction.forces[0, 0] = np.nan
+        return [Prediction(np.nan, p.forces, p.virial) for p in good]
+
+
+_Toy = Zero | LennardJones
+_TOYS: dict[str, tuple[Callable[..., _Toy], dict[str, type[float] | type[int]]]] = {
+    "zero": (Zero, {}),
+    "lj": (LennardJones, {"epsilon": float, "sigma": float}),
+    "nan": (NotANumber, {"after": int, "every": int}),
+}
+
+
+def load_backend(rest: str, device: str, dtype: str) -> _Toy:
+    """Make a toy potential from the part of its name behind "toy:"; device and dtype do not matter.
+
+    Raises:
+        PotentialError: no such toy or option, or a value that is no number.
+    """
+    kind, _, query = rest.partition("?")
+    if kind not in _TOYS:
+        raise PotentialError(f"toy:{rest}", f"there is no toy {kind!r}; known are {', '.join(_TOYS)}")
+    made, options = _TOYS[kind]
+    given: dict[str, float | int] = {}
+    for key, value in parse_qsl(query):
+        if key not in options:
+            raise PotentialError(f"toy:{rest}", f"has no option {key!r}; known are {', '.join(options) or 'none'}")
+        try:
+            given[key] = options[key](value)
+        except ValueError as error:
+            raise PotentialError(f"toy:{rest}", f"option {key} is {value!r}, not a number") from error
+    return made(**given)

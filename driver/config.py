@@ -1,0 +1,169 @@
+"""The configuration of a run: one TOML file, checked when read; the run directory holds a frozen copy of it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tomli_w
+
+from tumbaga.driver.errors import ConfigError
+
+FILE = "tumbaga.toml"
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base: a misspelt key is an error, not a default."""
+
+
+class Serve(_Section, frozen=True):
+    """Where engines find us.
+
+    Attributes:
+        connect: addresses to dial, "unix:NAME" or "tcp:HOST:PORT", one session each.
+        prefix: what a unix NAME is prefixed with, as in i-PI.
+        max_refusals: how many times in a row a session may end because no finite answer could be given, before it is given up.
+    """
+
+    connect: tuple[str, ...] = ()
+    prefix: str = "/tmp/ipi_"
+    max_refusals: int = 3
+
+
+class Potential(_Section, frozen=True):
+    """What serves.
+
+    Attributes:
+        model: e.g. "painn:cuau-water", "toy:lj".
+        template: structure file with the species, in the order of the engine (any format of ASE).
+        device: "auto", "cpu", "cuda".
+        dtype: "float32" or "float64".
+    """
+
+    model: str = "painn:cuau-water"
+    template: str = ""
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+class Flag(_Section, frozen=True):
+    """What gets labelled.
+
+    Attributes:
+        force_error: the force error to hold, eV/Å; frames whose calibrated uncertainty is above it are labelled.
+        spacing: steps between two flagged frames of a session, at least.
+        audit_every: mean number of steps between random audits.
+    """
+
+    force_error: float = 0.15
+    spacing: int = 20
+    audit_every: int = 2000
+
+
+class Label(_Section, frozen=True):
+    """Who labels.
+
+    Attributes:
+        method: "pyscf", "ase:MODULE:CLASS", or a test labeller.
+        options: handed to the labeller, e.g. xc, basis, grid.
+        workers: label processes, one core each.
+        budget: labels at most in the life of the run directory; 0 for none.
+        time_limit: seconds after which a label is killed and recorded as failed.
+        attempts: how often a label is tried again when its worker dies.
+    """
+
+    method: str = "pyscf"
+    options: dict[str, str | int | float | bool] = {}
+    workers: int = 1
+    budget: int = 200
+    time_limit: float = 1800.0
+    attempts: int = 2
+
+
+class Learn(_Section, frozen=True):
+    """How the potential is updated.
+
+    Attributes:
+        enabled: off means serve only: no labels, no updates.
+        ramp_steps: force calls over which a session moves to a new version.
+        ramp_pause: force calls between the end of a ramp and the start of the next.
+    """
+
+    enabled: bool = True
+    ramp_steps: int = 200
+    ramp_pause: int = 500
+
+
+class Config(_Section, frozen=True):
+    """A run: serve, potential, flag, label, learn, and the seed of everything random that tumbaga does."""
+
+    serve: Serve = Serve()
+    potential: Potential = Potential()
+    flag: Flag = Flag()
+    label: Label = Label()
+    learn: Learn = Learn()
+    seed: int = 0
+
+    def check(self) -> Config:
+        """Return itself.
+
+        Raises:
+            ConfigError: a value is out of its range; names the key and says what is allowed.
+        """
+        _positive("flag.force_error", self.flag.force_error)
+        _positive("label.time_limit", self.label.time_limit)
+        for key, value, least in (
+            ("flag.spacing", self.flag.spacing, 1),
+            ("flag.audit_every", self.flag.audit_every, 1),
+            ("label.workers", self.label.workers, 0),
+            ("label.budget", self.label.budget, 0),
+            ("label.attempts", self.label.attempts, 1),
+            ("learn.ramp_steps", self.learn.ramp_steps, 1),
+            ("learn.ramp_pause", self.learn.ramp_pause, 0),
+            ("serve.max_refusals", self.serve.max_refusals, 1),
+        ):
+            if value < least:
+                raise ConfigError(key, f"is {value}; it must be at least {least}")
+        if self.potential.dtype not in ("float32", "float64"):
+            raise ConfigError("potential.dtype", f"is {self.potential.dtype!r}; choose float32 or float64")
+        return self
+
+
+def _positive(key: str, value: float) -> None:
+    if not 0.0 < value < float("inf"):
+        raise ConfigError(key, f"is {value}; it must be a positive number")
+
+
+def parse(text: str, where: str) -> Config:
+    """Read a configuration from TOML text.
+
+    Raises:
+        ConfigError: not TOML, an unknown key, a wrong type or a value out of range; `where` names the file in the sentence.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(text), Config).check()
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(where, f"is not valid TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(where, f"{error}") from error
+
+
+def load(run_dir: Path) -> Config:
+    """Read the frozen configuration of a run directory.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    path = run_dir / FILE
+    try:
+        return parse(path.read_text(), str(path))
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read ({error.strerror}); is this a run directory?") from error
+
+
+def dumps(config: Config) -> str:
+    """Return the TOML text of a configuration; `parse` of it gives an equal one."""
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    return tomli_w.dumps(plain)

@@ -1,0 +1,133 @@
+"""The evaluator process: one potential on one device, fed with ragged batches by the gateway; versions change only between batches.
+
+It may die at any time: the gateway keeps every frame until its answer is there, and gives it to the next evaluator of that name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import zmq
+
+from tumbaga.driver import config as configs
+from tumbaga.driver import process, structures
+from tumbaga.driver.backends import registry
+from tumbaga.driver.slot import BASE, Answer, Slot
+from tumbaga.online.errors import VersionError
+from tumbaga.online.ports import Trainable
+from tumbaga.online.records import Array, Frame
+from tumbaga.online.uncertainty import force_std
+from tumbaga.socket_protocol import bus
+
+_IDLE_MS = 1000
+
+
+class Evaluator:
+    """Answers the gateway's batches.
+
+    Args:
+        slot: the potential and its versions.
+        endpoint: DEALER to the gateway.
+        name: under which the gateway knows it.
+        lpr_scale: eV/Å of force std per unit of last-layer score, or None.
+    """
+
+    def __init__(self, slot: Slot, endpoint: bus.Endpoint, name: str, lpr_scale: float | None) -> None:
+        self._slot, self._endpoint, self._name, self._lpr_scale = slot, endpoint, name, lpr_scale
+        self._seen = 0
+
+    def announce(self) -> None:
+        """Tell the gateway that we are here."""
+        self._endpoint.send(bus.EvaluatorReady(self._name, os.getpid(), self._seen, self._lpr_scale))
+
+    def turn(self) -> bool:
+        """Handle one message if one waits; return whether there was one."""
+        received = self._endpoint.receive()
+        if received is None:
+            return False
+        _, message, buffers = received
+        if isinstance(message, bus.Evaluate):
+            self._seen = message.batch
+            self._endpoint.send(*self._evaluate(message, buffers))
+        elif isinstance(message, bus.Load):
+            self._endpoint.send(self._load(message))
+        return True
+
+    def _load(self, message: bus.Load) -> bus.Loaded:
+        try:
+            self._slot.load(message.version, Path(message.path), message.keep)
+        except VersionError as error:
+            return bus.Loaded(message.version, str(error))
+        return bus.Loaded(message.version)
+
+    def _evaluate(self, message: bus.Evaluate, buffers: list[bytes]) -> tuple[bus.Evaluated, list[Array]]:
+        started = process.monotonic()
+        try:
+            answers = self._slot.answer(_frames(message, buffers), message.mixes)
+        except Exception as error:  # a process boundary: the gateway must get an answer, whatever a back end does
+            return bus.Evaluated(message.batch, [], [], process.monotonic() - started, f"{type(error).__name__}: {error}"), []
+        return _packed(message.batch, answers, process.monotonic() - started)
+
+
+def _frames(message: bus.Evaluate, buffers: list[bytes]) -> list[Frame]:
+    total, many = sum(message.counts), len(message.counts)
+    numbers = bus.array(buffers[0], np.int64, (total,))
+    positions = bus.array(buffers[1], np.float64, (total, 3))
+    cells = bus.array(buffers[2], np.float64, (many, 3, 3))
+    ends = np.cumsum(message.counts)
+    return [
+        Frame(numbers[end - count : end], positions[end - count : end], cells[i], message.periodic[i])
+        for i, (count, end) in enumerate(zip(message.counts, ends, strict=True))
+    ]
+
+
+def _packed(batch: int, answers: list[Answer], seconds: float) -> tuple[bus.Evaluated, list[Array]]:
+    energies = [answer.prediction.energy for answer in answers]
+    steps = [answer.step for answer in answers]
+    forces = np.concatenate([answer.prediction.forces for answer in answers])
+    virials = np.stack([answer.prediction.virial for answer in answers])
+    lpr = np.concatenate([answer.lpr for answer in answers])
+    return bus.Evaluated(batch, energies, steps, seconds), [forces, virials, lpr]
+
+
+def warm_up(slot: Slot, template: Frame | None) -> float | None:
+    """Evaluate the template a few times before anybody waits; return the force std per unit of score, eV/Å, or None."""
+    if template is None:
+        return None
+    answers = [slot.answer([template], [(BASE, BASE, 0.0)]) for _ in range(3)]
+    potential = slot.potential
+    if not (isinstance(potential, Trainable) and potential.spec.n_hidden):
+        return None
+    score = float(answers[-1][0].lpr.max())
+    sigma = float(force_std(potential.force_rows(template).rows, slot.covariance(BASE)).max())
+    return sigma / score if np.isfinite(score) and score > 0.0 else None
+
+
+def main(run_dir: Path, lifeline: process.Lifeline) -> None:
+    """Load the potential, say so, answer batches until told to leave."""
+    name = sys.argv[2]
+    settings = configs.load(run_dir).potential
+    slot = Slot(registry.load(settings.model, settings.device, settings.dtype))
+    template = structures.read_frame(settings.template) if settings.template else None
+    lpr_scale = warm_up(slot, template)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    reporter = process.Reporter(context, name)
+    endpoint = bus.Endpoint(context, zmq.DEALER, bus.EVALUATORS, bind=False, identity=name)
+    evaluator = Evaluator(slot, endpoint, name, lpr_scale)
+    reporter.log("info", "ready", potential=slot.potential.spec.name, pid=os.getpid())
+    poller = zmq.Poller()
+    poller.register(endpoint.socket, zmq.POLLIN)
+    poller.register(lifeline.fileno(), zmq.POLLIN)
+    evaluator.announce()
+    while not lifeline.cut_off:
+        if not poller.poll(_IDLE_MS):
+            evaluator.announce()
+        while not lifeline.cut_off and evaluator.turn():
+            pass
+
+
+if __name__ == "__main__":
+    process.run("evaluator", main)

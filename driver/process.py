@@ -1,0 +1,126 @@
+"""What every child process of a run shares: its working directory, its lifeline to the supervisor, its log and its exit code.
+
+The lifeline is standard input, a pipe that the supervisor holds open and never writes to. When the supervisor goes, by whatever death,
+the pipe ends and the child leaves: nothing is ever left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import zmq
+
+from tumbaga.driver.errors import DriverError
+from tumbaga.socket_protocol import bus
+
+EXIT_USER: Final = 78  # a fault that starting again will not mend (EX_CONFIG of sysexits.h)
+LOGS: Final = "log"
+NAP_MS: Final = 500  # the longest a loop sleeps without a look at the lifeline
+
+
+class Reporter:
+    """Sends log lines and state to the supervisor, from one thread; drops them rather than wait."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], process: str) -> None:
+        self._process = process
+        self._endpoint = bus.Endpoint(context, zmq.PUSH, bus.SUPERVISOR, bind=False)
+
+    def log(self, level: str, event: str, **detail: Any) -> None:
+        """Send one log line."""
+        self._endpoint.send(bus.LogLine(self._process, level, event, detail))
+
+    def state(self, **state: Any) -> None:
+        """Send the process's state."""
+        self._endpoint.send(bus.Report(self._process, state))
+
+    def close(self, patience_ms: int = 500) -> None:
+        """Send what is left, for so long at most, and close."""
+        self._endpoint.socket.linger = patience_ms
+        self._endpoint.close()
+
+
+class Lifeline:
+    """Tells when to leave: the supervisor's pipe ended, or a signal came."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        # written to on stop, so that a poller can wait for it like for any other descriptor
+        self._read_end, self._write_end = os.pipe()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.cut())
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def _watch(self) -> None:
+        while os.read(0, 4096):
+            pass
+        self.cut()
+
+    def cut(self) -> None:
+        """Ask this process to leave."""
+        if not self._stop.is_set():
+            self._stop.set()
+            os.write(self._write_end, b"x")
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether it is time to leave."""
+        return self._stop.is_set()
+
+    def fileno(self) -> int:
+        """Readable once it is time to leave."""
+        return self._read_end
+
+
+def log_to_file(run_dir: Path, process: str) -> structlog.stdlib.BoundLogger:
+    """Open the JSON-lines log of a process that may touch the disk."""
+    folder = run_dir / LOGS
+    folder.mkdir(exist_ok=True)
+    file = open(folder / f"{process}.jsonl", "a", buffering=1)  # noqa: SIM115 - lives as long as the process
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        structlog.WriteLogger(file),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(20),
+    )
+    return logger
+
+
+def run(process: str, body: Callable[[Path, Lifeline], None]) -> None:
+    """Run the body of a child process and leave with the right exit code.
+
+    A user's mistake goes to standard error as one sentence and gives EXIT_USER; anything else is our bug: a traceback, exit code 1.
+    The supervisor keeps standard error in the log folder.
+    """
+    run_dir = Path(sys.argv[1]).resolve()
+    os.chdir(run_dir)
+    code = 0
+    lifeline = Lifeline()
+    try:
+        body(run_dir, lifeline)
+    except DriverError as error:
+        print(f"{process}: {error}", file=sys.stderr)  # noqa: T201 - the supervisor reads it
+        code = EXIT_USER
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    # worker threads of foreign libraries must not keep a finished process alive
+    os._exit(code)
+
+
+def monotonic() -> float:
+    """The clock of intervals, seconds."""
+    return time.monotonic()

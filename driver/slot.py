@@ -1,0 +1,104 @@
+"""The versions an evaluator holds: which weights serve a frame, and what the last-layer score of its atoms is. Pure numpy, no sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tumbaga.online import versions
+from tumbaga.online.errors import VersionError
+from tumbaga.online.last_layer import prior_covariance
+from tumbaga.online.ports import Potential, Trainable
+from tumbaga.online.records import Array, Frame, Prediction
+from tumbaga.online.uncertainty import AtomScore
+
+BASE = 0
+Mix = tuple[int, int, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What one frame gets.
+
+    Attributes:
+        prediction: energy, forces, virial under the frame's mix of versions.
+        step: E(second version) - E(first version), eV; 0 outside a ramp.
+        lpr: last-layer score of each atom, shape (n_atoms,), float64; NaN where the potential has no readout.
+    """
+
+    prediction: Prediction
+    step: float
+    lpr: Array
+
+
+class Slot:
+    """One potential with any number of last layers beside each other.
+
+    Args:
+        potential: any potential; version 0 is its own readout, and the only one where it has none.
+    """
+
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+        self._trainable = potential if isinstance(potential, Trainable) and potential.spec.n_hidden else None
+        self._readouts: dict[int, Array] = {}
+        self._scores: dict[int, AtomScore] = {}
+        self._covariances: dict[int, Array] = {}
+        if self._trainable is not None:
+            self._put(BASE, self._trainable.readout(), prior_covariance(self._trainable.spec.n_columns, self._trainable.spec.mean_h2))
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The versions that can serve now."""
+        return tuple(sorted(self._readouts)) if self._readouts else (BASE,)
+
+    def covariance(self, version: int) -> Array:
+        """Posterior covariance of a version's readout, shape (n_columns, n_columns), float64, eV^2."""
+        return self._covariances[version]
+
+    def load(self, version: int, path: Path, keep: Sequence[int]) -> None:
+        """Read a version file and hold it beside the others; those outside `keep` are let go.
+
+        Raises:
+            VersionError: the file must not serve; nothing has changed then.
+        """
+        if self._trainable is None:
+            raise VersionError(str(path), f"cannot serve: {self.potential.spec.name} has no linear readout")
+        layer = versions.read(path)
+        if layer.readout.shape != (self._trainable.spec.n_columns,):
+            raise VersionError(str(path), f"has {layer.readout.size} readout weights; {self.potential.spec.name} has {self._trainable.spec.n_columns}")
+        self._put(version, layer.readout, layer.covariance)
+        for old in set(self._readouts) - {version, BASE, *keep}:
+            del self._readouts[old], self._scores[old], self._covariances[old]
+
+    def _put(self, version: int, readout: Array, covariance: Array) -> None:
+        spec = self.potential.spec
+        blocks = covariance.reshape(len(spec.elements), spec.n_hidden, len(spec.elements), spec.n_hidden)
+        own = np.stack([blocks[z, :, z, :] for z in range(len(spec.elements))])
+        self._readouts[version], self._scores[version], self._covariances[version] = readout, AtomScore(own), covariance
+
+    def answer(self, frames: Sequence[Frame], mixes: Sequence[Mix]) -> list[Answer]:
+        """Evaluate frames as one batch, each under its own mix of versions.
+
+        Raises:
+            KeyError: a mix names a version that is not held.
+        """
+        if self._trainable is None:
+            return [Answer(p, 0.0, np.full(len(f), np.nan)) for f, p in zip(frames, self.potential.predict(frames), strict=True)]
+        served = np.stack([(1.0 - weight) * self._readouts[old] + weight * self._readouts[new] for old, new, weight in mixes])
+        predictions = self.potential.predict(frames, served)
+        return [self._answer(*one) for one in zip(frames, predictions, mixes, strict=True)]
+
+    def _answer(self, frame: Frame, prediction: Prediction, mix: Mix) -> Answer:
+        features, old, new = prediction.features, mix[0], mix[1]
+        if features is None:
+            return Answer(prediction, 0.0, np.full(len(frame), np.nan))
+        elements = np.searchsorted(np.asarray(self.potential.spec.elements), frame.numbers)
+        step = 0.0
+        if old != new:
+            change = (self._readouts[new] - self._readouts[old]).reshape(-1, self.potential.spec.n_hidden)
+            step = float(np.einsum("nh,nh->", features, change[elements]))
+        return Answer(prediction, step, self._scores[new](features, elements))

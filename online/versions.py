@@ -1,0 +1,116 @@
+"""Version files: one immutable set of weights each, safetensors, named by number and content hash.
+
+A file holds all tensors of the potential, so that it can be loaded by itself, and beside them the last layer as the learner sees it:
+the readout (float64) and the precision matrix of the update, from which the uncertainty follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from tumbaga.online.errors import VersionError
+from tumbaga.online.records import Array
+
+FOLDER = "versions"
+SERVING = "serving.json"
+_READOUT, _COVARIANCE, _FACTS = "last_layer.readout", "last_layer.covariance", "tumbaga"
+
+
+@dataclass(frozen=True, eq=False)
+class LastLayer:
+    """What a version says of the readout.
+
+    Attributes:
+        readout: weights, shape (n_columns,), float64, eV.
+        covariance: posterior covariance of the weights, shape (n_columns, n_columns), float64, eV^2.
+        facts: number, parent, counts, errors: JSON-compatible.
+    """
+
+    readout: Array
+    covariance: Array
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VersionFile:
+    """A version on disk; `path` is relative to the run directory."""
+
+    number: int
+    hash: str
+    path: str
+
+
+def write(run_dir: Path, number: int, tensors: Mapping[str, np.ndarray], layer: LastLayer, metadata: Mapping[str, str]) -> VersionFile:
+    """Write a version file, whole or not at all, and return its name.
+
+    Args:
+        run_dir: the run directory; the file goes to its `versions` folder.
+        number: the version's number.
+        tensors: all tensors of the potential (the readout among them already the new one).
+        layer: readout and covariance.
+        metadata: the potential's own metadata, kept beside ours.
+    """
+    facts = json.dumps({**layer.facts, "number": number}, sort_keys=True)
+    own = {_READOUT: np.ascontiguousarray(layer.readout), _COVARIANCE: np.ascontiguousarray(layer.covariance)}
+    data = save_tensors({**{k: np.ascontiguousarray(v) for k, v in tensors.items()}, **own}, {**metadata, _FACTS: facts})
+    digest = hashlib.sha256(data).hexdigest()
+    path = Path(FOLDER) / f"{number:06d}-{digest[:8]}.safetensors"
+    write_whole(run_dir / path, data)
+    return VersionFile(number, digest, str(path))
+
+
+def read(path: Path) -> LastLayer:
+    """Read the last layer of a version file.
+
+    Raises:
+        VersionError: the file is missing, truncated, changed since it was written, or holds numbers that are not finite.
+    """
+    try:
+        data = path.read_bytes()
+        tensors = load_tensors(data)
+        facts = json.loads(_metadata(data).get(_FACTS, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise VersionError(str(path), f"cannot be read ({error})") from error
+    named = path.stem.rpartition("-")[2]
+    if not hashlib.sha256(data).hexdigest().startswith(named):
+        raise VersionError(str(path), "has changed since it was written: its content does not match the hash in its name")
+    if _READOUT not in tensors or _COVARIANCE not in tensors:
+        raise VersionError(str(path), "holds no last layer; it is not a version file")
+    readout, covariance = tensors[_READOUT].astype(np.float64), tensors[_COVARIANCE].astype(np.float64)
+    if covariance.shape != (readout.size, readout.size) or not (np.isfinite(readout).all() and np.isfinite(covariance).all()):
+        raise VersionError(str(path), "holds a last layer of the wrong shape or with numbers that are not finite")
+    return LastLayer(readout, covariance, facts)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: 8 bytes of little-endian length, then a JSON header with the key __metadata__."""
+    length = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return found
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a kill at any instant leaves the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
