@@ -1,0 +1,196 @@
+"""The nine messages of the i-PI protocol as plain frozen records, checked when made.
+
+This file knows shapes and units, and nothing of bytes, states or sockets. Everything is in atomic units: lengths in Bohr, energies in
+Hartree, forces in Hartree/Bohr. The virial is W = -dE/d(strain) in Hartree, *not* divided by the volume.
+
+Source: "Communication protocol" in the i-PI documentation (docs.ipi-code.org), and what i-PI and ASE really send.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tumbaga.socket_protocol.errors import EventNotFiniteError, EventShapeError, InitError
+
+Float64s: TypeAlias = NDArray[np.float64]
+
+# i-PI writes "there is no cell" as a cell of -1 Å: minus the identity in its own Bohr (8 digits); ASE writes zeros.
+_ANGSTROM = 1.8897261
+_NO_CELL_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Engine → driver: what do you need? Answered by NEEDINIT, READY or HAVEDATA."""
+
+    word: ClassVar[str] = "STATUS"
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """Engine → driver: the parameters of what follows; no answer.
+
+    Attributes:
+        rid: i-PI's replica counter (int32): over beads, force components and systems, *not* the bead number. ASE sends 0.
+        text: free bytes; `parse_init` reads what can be read of them.
+
+    Raises:
+        InitError: `rid` is no int32, or `text` no bytes.
+    """
+
+    word: ClassVar[str] = "INIT"
+    rid: int
+    text: bytes
+
+    def __post_init__(self) -> None:
+        if not -(2**31) <= self.rid < 2**31:
+            raise InitError(f"takes an int32 as rid, got {self.rid}")
+        if not isinstance(self.text, bytes):
+            raise InitError(f"takes bytes as text, got {type(self.text).__name__}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PosData:
+    """Engine → driver: the configuration to be computed; no answer.
+
+    | field     | shape  | dtype   | unit | note                                                                          |
+    |-----------|--------|---------|------|-------------------------------------------------------------------------------|
+    | cell      | (3, 3) | float64 | Bohr | lattice vectors are the **rows**, as in ASE; on the wire they are the columns |
+    | positions | (N, 3) | float64 | Bohr | N >= 1; not wrapped unless the engine was told to                             |
+
+    Raises:
+        EventShapeError: a wrong shape.
+        EventNotFiniteError: a NaN or an infinite number.
+    """
+
+    word: ClassVar[str] = "POSDATA"
+    cell: Float64s
+    positions: Float64s
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cell", _finite_array("POSDATA cell", self.cell, 3))
+        object.__setattr__(self, "positions", _finite_array("POSDATA positions", self.positions, None))
+
+    @property
+    def periodic(self) -> bool:
+        """Whether the cell is meant: false for all zeros (ASE) and for minus one Ångström times the identity (i-PI).
+
+        The sign of the determinant says nothing: an engine that rotates its cell may send left-handed lattice vectors.
+
+        >>> PosData(np.zeros((3, 3)), np.zeros((1, 3))).periodic, PosData(np.eye(3)[::-1] * 9.0, np.zeros((1, 3))).periodic
+        (False, True)
+        """
+        if not self.cell.any():
+            return False
+        return bool(np.abs(self.cell + _ANGSTROM * np.eye(3)).max() > _NO_CELL_TOLERANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class GetForce:
+    """Engine → driver: send the result of the last POSDATA. Answered by FORCEREADY."""
+
+    word: ClassVar[str] = "GETFORCE"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """The peer is gone: EXIT, the end of its stream, or a broken connection, which mean the same."""
+
+    word: ClassVar[str] = "EXIT"
+
+
+@dataclass(frozen=True, slots=True)
+class NeedInit:
+    """Driver → engine: send INIT first."""
+
+    word: ClassVar[str] = "NEEDINIT"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Driver → engine: send POSDATA."""
+
+    word: ClassVar[str] = "READY"
+
+
+@dataclass(frozen=True, slots=True)
+class HaveData:
+    """Driver → engine: the result is there, send GETFORCE."""
+
+    word: ClassVar[str] = "HAVEDATA"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForceReady:
+    """Driver → engine: the result.
+
+    | field  | shape  | dtype   | unit         | sign                                                                               |
+    |--------|--------|---------|--------------|------------------------------------------------------------------------------------|
+    | energy | ()     | float64 | Hartree      |                                                                                    |
+    | forces | (N, 3) | float64 | Hartree/Bohr | -dE/dR, in the order of the positions                                              |
+    | virial | (3, 3) | float64 | Hartree      | -dE/d(strain) = -V * stress; a positive trace pushes the cell outwards; send it full |
+    | extras | bytes  |         |              | blank or a JSON object from us (`check_extras`), anything from others              |
+
+    Raises:
+        EventShapeError: a wrong shape or type.
+        EventNotFiniteError: a NaN or an infinite number.
+    """
+
+    word: ClassVar[str] = "FORCEREADY"
+    energy: float
+    forces: Float64s
+    virial: Float64s
+    extras: bytes = b""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "energy", _finite_number("FORCEREADY energy", self.energy))
+        object.__setattr__(self, "forces", _finite_array("FORCEREADY forces", self.forces, None))
+        object.__setattr__(self, "virial", _finite_array("FORCEREADY virial", self.virial, 3))
+        if not isinstance(self.extras, bytes):
+            raise EventShapeError("FORCEREADY extras", "bytes", type(self.extras).__name__)
+
+    @property
+    def symmetric_virial(self) -> Float64s:
+        """The virial as a symmetric matrix, shape (3, 3), Hartree, whatever the driver filled in.
+
+        Some drivers (LAMMPS) fill only the upper triangle: it is mirrored. Otherwise both triangles are averaged.
+
+        >>> upper = np.triu(np.ones((3, 3)))
+        >>> ForceReady(0.0, np.zeros((1, 3)), upper).symmetric_virial.tolist() == np.ones((3, 3)).tolist()
+        True
+        """
+        if not np.tril(self.virial, -1).any():
+            return self.virial + np.triu(self.virial, 1).T
+        return 0.5 * (self.virial + self.virial.T)
+
+
+Event: TypeAlias = Status | Init | PosData | GetForce | Exit | NeedInit | Ready | HaveData | ForceReady
+
+
+def _finite_array(field: str, value: Any, rows: int | None) -> Float64s:
+    """Return `value` as a finite, C-contiguous float64 array of shape (rows, 3); a copy only where it has to be."""
+    expected = f"an array of shape ({rows or 'N'}, 3)"
+    try:
+        array: Float64s = np.ascontiguousarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as problem:
+        raise EventShapeError(field, expected, type(value).__name__) from problem
+    if array.ndim != 2 or array.shape[1] != 3 or array.shape[0] != (rows or array.shape[0] or 1):
+        raise EventShapeError(field, expected, f"shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise EventNotFiniteError(field)
+    return array
+
+
+def _finite_number(field: str, value: Any) -> float:
+    """Return `value` as a finite Python float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as problem:
+        raise EventShapeError(field, "one number", type(value).__name__) from problem
+    if not np.isfinite(number):
+        raise EventNotFiniteError(field)
+    return number

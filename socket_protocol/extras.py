@@ -1,0 +1,48 @@
+"""What may stand in the extras of our answers, so that no engine that reads them dies of it.
+
+i-PI 3.3 turns a JSON object into its keys plus `raw`; a JSON value that is no object, an object with a key `raw`, or bytes that are not
+UTF-8 end its polling thread, after which the run hangs for ever. Keep the text ASCII where you can: some peers count characters.
+
+Source: i-PI `ipi/interfaces/utils.py`, and what was seen when each case was sent.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+from tumbaga.socket_protocol.errors import ExtrasError
+
+
+def check_extras(extras: bytes) -> frozenset[str]:
+    """Return the keys of `extras` (none if blank) after checking that an engine can digest them.
+
+    NaN and Infinity are refused although i-PI would read them: they are no JSON, and no such number may leave on the wire.
+
+    Raises:
+        ExtrasError: neither blank nor a JSON object in UTF-8, or an object with the key `raw`, or with a NaN.
+
+    >>> sorted(check_extras(b'{"force_std": 0.1}')), sorted(check_extras(b" "))
+    (['force_std'], [])
+    """
+    if not extras:
+        return frozenset()
+    try:
+        text = extras.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise ExtrasError(f"are not UTF-8 at byte {problem.start}") from problem
+    if not text.strip(" \t\r\n"):
+        return frozenset()
+    try:
+        described = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as problem:
+        raise ExtrasError(f"{text[:40]!r} are not JSON ({problem})") from problem
+    if not isinstance(described, dict):
+        raise ExtrasError(f"{text[:40]!r} are JSON, but no object")
+    if "raw" in described:
+        raise ExtrasError("have the key 'raw', which i-PI claims for itself")
+    return frozenset(described)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"the constant {constant}")

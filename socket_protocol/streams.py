@@ -1,0 +1,479 @@
+"""Unix and tcp sockets that never block, for a loop around a selector. The only file here that knows `socket`.
+
+A `Stream` moves bytes between a socket and a `Connection` and knows nothing of messages. `dial` and `listen` make streams. No function
+here waits: what cannot be done now is told by `NotYetError`, `None` or `pending_out`, and the caller's selector and clock decide when to
+try again. A peer that went away, whichever way, is one thing: the end of the stream.
+
+Source: socket(7), tcp(7), unix(7), and what i-PI and ASE were seen to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import selectors
+import socket
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import TracebackType
+from typing import Final, Self
+
+from tumbaga.socket_protocol.connection import Connection
+from tumbaga.socket_protocol.errors import AddressError, AddressInUseError, DialError, NotYetError
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_PREFIX: Final = "/tmp/ipi_"
+"""What i-PI and ASE put before the name of a unix socket."""
+
+_MAX_PATH = 107  # bytes in sockaddr_un on Linux, less the closing NUL
+_CHUNK = 1 << 16
+_MAX_TURN = 1 << 20  # bytes read from one peer before the loop looks at the others
+_MAX_UNSENT = 1 << 20  # bytes that may wait for a slow reader before its requests are no longer read
+_NOT_YET = frozenset(
+    (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET)
+)
+_GONE = (ConnectionError, TimeoutError)
+_QUICKACK: Final[int | None] = getattr(socket, "TCP_QUICKACK", None)  # Linux only
+
+
+# --- addresses ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a socket is: a path, or a host and a port. Make it with `unix`, `tcp` or `parse`.
+
+    Attributes:
+        path: of the unix socket, prefix included; empty for tcp.
+        host: name or number; empty for unix.
+        port: 1 to 65535, or 0 to let `listen` choose one.
+    """
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def unix(cls, name: str, prefix: str = DEFAULT_PREFIX) -> Address:
+        """Return the address of a unix socket: `prefix + name`, or `name` itself if it is a path, that is, has a slash.
+
+        Raises:
+            AddressError: no name, or a path of more than 107 bytes.
+        """
+        shown = f"unix:{name}"
+        if not name:
+            raise AddressError(shown, "the name of the socket is missing; write unix:NAME, with the NAME given to the engine")
+        path = name if "/" in name else prefix + name
+        if "\0" in path:
+            raise AddressError(shown, "a path cannot hold a NUL")
+        length = len(os.fsencode(path))
+        if length > _MAX_PATH:
+            raise AddressError(shown, f"the path {path} has {length} bytes, the system allows {_MAX_PATH}; use a shorter name or prefix")
+        return cls(path=path)
+
+    @classmethod
+    def tcp(cls, host: str, port: int) -> Address:
+        """Return the address of a tcp socket. Port 0 is for `listen` only.
+
+        Raises:
+            AddressError: no host, or a port out of range.
+        """
+        shown = f"tcp:{host}:{port}"
+        if not host:
+            raise AddressError(shown, "the host is missing; write tcp:HOST:PORT, for this machine tcp:127.0.0.1:PORT")
+        if not 0 <= port <= 65535:
+            raise AddressError(shown, f"port {port} is out of range, 1 to 65535")
+        return cls(host=host, port=port)
+
+    @classmethod
+    def parse(cls, text: str, prefix: str = DEFAULT_PREFIX) -> Address:
+        """Return the address written as `unix:NAME`, `unix:/a/path`, `unix:./a/path`, `tcp:HOST:PORT` or `tcp:[::1]:PORT`.
+
+        Raises:
+            AddressError: `text` is none of these.
+
+        >>> str(Address.parse("unix:cuau")), str(Address.parse("tcp:localhost:31415"))
+        ('unix:/tmp/ipi_cuau', 'tcp:localhost:31415')
+        """
+        kind, _, rest = text.partition(":")
+        if kind == "unix":
+            return cls.unix(rest, prefix)
+        if kind != "tcp":
+            raise AddressError(text, "write unix:NAME, unix:/a/path or tcp:HOST:PORT")
+        host, colon, port = rest.rpartition(":")
+        if not colon or not (port.isascii() and port.isdecimal()) or not 1 <= int(port[:6]) <= 65535:
+            raise AddressError(text, "the port is missing or out of range; write tcp:HOST:PORT with a port from 1 to 65535")
+        return cls.tcp(host.removeprefix("[").removesuffix("]"), int(port))
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{os.path.abspath(self.path)}"
+        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One thing that `socket.socket` and `connect` or `bind` understand; a tcp name may have several."""
+
+    family: int
+    where: str | tuple[str | int, ...]
+
+
+def _targets(address: Address) -> list[_Target]:
+    if address.path:
+        return [_Target(socket.AF_UNIX, address.path)]
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except socket.gaierror as problem:
+        raise AddressError(str(address), f"the host is not known ({problem.strerror}); check its spelling, or give its number") from problem
+    except UnicodeError as problem:
+        raise AddressError(str(address), "this is no name of a host") from problem
+    return [_Target(family, where) for family, _, _, _, where in found]
+
+
+# --- streams ------------------------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A connected socket. Register it with a selector; it has a `fileno`.
+
+    Args:
+        sock: connected; the stream owns it from now on and makes it non-blocking.
+        peer: who is at the other end, for the log.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self._socket = sock
+        self._peer = peer
+        self._chunk = memoryview(bytearray(_CHUNK))
+        self._out = bytearray()
+        self._broken = False
+        sock.setblocking(False)
+        self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+        if self._tcp:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._acknowledge_quickly()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "broken" if self._broken else "open"
+        return f"<Stream {self._peer} {state} pending_out={len(self._out)}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Return the file descriptor, -1 once closed."""
+        return self._socket.fileno()
+
+    @property
+    def peer(self) -> str:
+        """Who is at the other end."""
+        return self._peer
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._socket.fileno() < 0
+
+    @property
+    def pending_out(self) -> bool:
+        """Whether bytes wait until the socket can be written to: call `flush` then."""
+        return bool(self._out)
+
+    def interest(self, connection: Connection) -> int:
+        """Return what to ask the selector for: EVENT_READ, EVENT_WRITE, both or 0 (then unregister; a selector takes no 0)."""
+        mask = selectors.EVENT_WRITE if self._out else 0
+        if connection.wants_data and len(self._out) < _MAX_UNSENT:
+            mask |= selectors.EVENT_READ
+        return mask
+
+    def receive(self, connection: Connection) -> int:
+        """Read what is there into `connection`, at most about 1 MiB and not more than it wants, and return how many bytes that was.
+
+        A peer that ended, reset or lost the connection is given on as the end of the stream.
+
+        Raises:
+            ReadAheadError: not while the connection is only fed from here.
+        """
+        total = 0
+        while total < _MAX_TURN and connection.wants_data:
+            try:
+                count = self._socket.recv_into(self._chunk)
+            except BlockingIOError:
+                break
+            except _GONE:
+                count = 0
+            # the flag is not sticky, and a delayed ACK costs a peer with Nagle's algorithm 40 ms a message
+            self._acknowledge_quickly()
+            connection.receive_data(self._chunk[:count])
+            total += count
+            if count < _CHUNK:
+                break  # the socket was empty for a moment; the selector tells when there is more
+        return total
+
+    def send(self, data: bytes) -> None:
+        """Write `data` in one go; what the socket does not take now goes out with `flush`. To a peer that is gone: nothing.
+
+        That the peer is gone is seen by the next `receive`, which the selector will ask for.
+        """
+        if self._out:
+            self._out += data
+            self.flush()
+        elif (sent := self._write(data)) < len(data):
+            self._out += memoryview(data)[sent:]
+
+    def flush(self) -> None:
+        """Write what is pending, as far as the socket takes it now."""
+        while self._out:
+            sent = self._write(self._out)
+            del self._out[:sent]
+            if not sent:
+                return
+
+    def close(self) -> None:
+        """Say that nothing more will come, read away what is there, close. Can be called twice.
+
+        A socket that is closed with unread bytes is reset, and the peer may lose our last answer, or, as i-PI does, hang.
+        """
+        if self.closed:
+            return
+        self.flush()
+        self._out.clear()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            for _ in range(_MAX_TURN // _CHUNK):
+                if not self._socket.recv_into(self._chunk):
+                    break
+        self._socket.close()
+
+    def _write(self, data: bytes | bytearray) -> int:
+        """Return how much of `data` the socket, or the void behind a broken one, took."""
+        if self._broken:
+            return len(data)
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except _GONE:
+            self._broken = True
+            return len(data)
+
+    def _acknowledge_quickly(self) -> None:
+        if self._tcp and _QUICKACK is not None:
+            with contextlib.suppress(OSError):
+                self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+
+
+# --- dialling -----------------------------------------------------------------------------------------------------------------------
+
+
+class Dialling:
+    """A tcp connection that is being made. Wait until `fileno` can be *written*, then call `finish`."""
+
+    def __init__(self, address: Address, sock: socket.socket, others: Sequence[_Target]) -> None:
+        self.address = address
+        self._socket = sock
+        self._others = others
+
+    def __repr__(self) -> str:
+        return f"<Dialling {self.address}>"
+
+    def fileno(self) -> int:
+        """Return the file descriptor to wait for."""
+        return self._socket.fileno()
+
+    def finish(self) -> Stream | Dialling:
+        """Return the stream, or another `Dialling` (with another descriptor) if the next of several addresses is to be tried.
+
+        Raises:
+            NotYetError: nobody answers at any of the addresses.
+            DialError: the addresses cannot be reached at all.
+        """
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.close()
+            return _try(self.address, self._others, code)
+        if (itself := _connected_to_itself(self._socket)) is not None:
+            self.close()
+            raise NotYetError(str(self.address), itself)
+        return Stream(self._socket, str(self.address))
+
+    def close(self) -> None:
+        """Give up. Can be called twice."""
+        self._socket.close()
+
+
+def dial(address: Address) -> Stream | Dialling:
+    """Connect without waiting: a `Stream` for unix, mostly a `Dialling` for tcp.
+
+    A host name goes through the system's resolver, which can block; numbers and localhost do not.
+
+    Raises:
+        NotYetError: nobody listens yet, or the listener's queue is full; try again after a pause (`Backoff`).
+        DialError: waiting will not help, for example without the permission to use the path.
+        AddressError: the host is not known, or the port is 0.
+    """
+    if not address.path and not address.port:
+        raise AddressError(str(address), "the port is missing; write tcp:HOST:PORT with a port from 1 to 65535")
+    return _try(address, _targets(address), errno.ECONNREFUSED)
+
+
+def _try(address: Address, targets: Sequence[_Target], code: int) -> Stream | Dialling:
+    """Connect to the first target that does not fail at once; `code` is the error of the one before."""
+    for index, target in enumerate(targets):
+        sock = socket.socket(target.family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        code = sock.connect_ex(target.where)
+        if code == errno.EINPROGRESS:
+            return Dialling(address, sock, targets[index + 1 :])
+        if not code and (itself := _connected_to_itself(sock)) is None:
+            return Stream(sock, str(address))
+        sock.close()
+        code = code or itself or errno.ECONNREFUSED
+    raise (NotYetError if code in _NOT_YET else DialError)(str(address), code)
+
+
+def _connected_to_itself(sock: socket.socket) -> int | None:
+    """Return an error code if a tcp socket got its own port as the peer: it happens on loopback when nobody listens on a high port."""
+    if sock.family == socket.AF_UNIX:
+        return None
+    try:
+        return errno.ECONNREFUSED if sock.getsockname() == sock.getpeername() else None
+    except OSError as problem:
+        return problem.errno or errno.ECONNREFUSED
+
+
+class Backoff:
+    """How long to wait before the next attempt: 20 ms at first, doubling to 2 s, each a quarter more or less by chance.
+
+    Args:
+        random: where chance comes from.
+        first: seconds.
+        most: seconds.
+
+    >>> backoff = Backoff(Random(0), first=0.02, most=2.0)
+    >>> [0.7 < backoff.next_delay() / expected < 1.3 for expected in (0.02, 0.04, 0.08)]
+    [True, True, True]
+    """
+
+    def __init__(self, random: Random, first: float = 0.02, most: float = 2.0) -> None:
+        self._random = random
+        self._first = first
+        self._most = most
+        self._next = first
+
+    def next_delay(self) -> float:
+        """Return the seconds to wait now; the next wait will be twice as long."""
+        delay = self._next
+        self._next = min(2 * delay, self._most)
+        return delay * self._random.uniform(0.75, 1.25)
+
+    def reset(self) -> None:
+        """Start again from the first delay: the last attempt went well."""
+        self._next = self._first
+
+
+# --- listening ----------------------------------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """A listening socket. Register it for reading; `accept` what comes, `close` at the end."""
+
+    def __init__(self, sock: socket.socket, address: Address) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self.address = address
+        self._file = os.stat(address.path) if address.path else None
+
+    def __repr__(self) -> str:
+        return f"<Listener {self.address} {'closed' if self.fileno() < 0 else 'open'}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Return the file descriptor, -1 once closed."""
+        return self._socket.fileno()
+
+    def accept(self) -> Stream | None:
+        """Return the next peer, or None if none is waiting or it left again."""
+        try:
+            sock, where = self._socket.accept()
+        except (BlockingIOError, ConnectionError):
+            return None
+        return Stream(sock, str(self.address) if self.address.path else f"tcp:{where[0]}:{where[1]}")
+
+    def close(self) -> None:
+        """Close and remove the file of a unix socket, if it is still ours. Can be called twice."""
+        self._socket.close()
+        if self._file is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self._file, os.stat(self.address.path)):
+                os.unlink(self.address.path)
+        self._file = None
+
+
+def listen(address: Address, backlog: int = 128) -> Listener:
+    """Listen at `address` and at no other: the protocol knows no password, so a tcp host that others can reach is warned about.
+
+    For `localhost` both families are wanted by somebody; listen at `127.0.0.1` and at `::1`. A file left behind by a listener that was
+    killed is replaced. A unix socket is for the same user only.
+
+    Raises:
+        AddressInUseError: another program listens there.
+        AddressError: the path is there and is no socket, its folder is missing, or the host is not one of this machine.
+    """
+    target = _targets(address)[0]
+    if address.path:
+        _remove_stale(address)
+    sock = socket.socket(target.family, socket.SOCK_STREAM)
+    try:
+        if target.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(target.where)
+        if address.path:
+            os.chmod(address.path, stat.S_IRUSR | stat.S_IWUSR)
+        sock.listen(backlog)
+    except OSError as problem:
+        sock.close()
+        if problem.errno == errno.EADDRINUSE:
+            raise AddressInUseError(str(address)) from problem
+        raise AddressError(str(address), f"cannot listen there ({problem.strerror})") from problem
+    if address.path:
+        return Listener(sock, address)
+    host, port = sock.getsockname()[:2]
+    if not (host.startswith("127.") or host == "::1"):
+        _log.warning("listening at %s, which other machines can reach; the i-PI protocol has no password", address)
+    return Listener(sock, Address(host=host, port=port))
+
+
+def _remove_stale(address: Address) -> None:
+    """Remove the file of a unix socket that nobody listens at."""
+    path = Path(address.path)
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise AddressError(str(address), "a file that is no socket is in the way; remove it or choose another name")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full queue would block, and means that somebody is there
+        code = probe.connect_ex(address.path)
+    if code == errno.ECONNREFUSED:
+        path.unlink(missing_ok=True)
+    elif code != errno.ENOENT:
+        raise AddressInUseError(str(address))
