@@ -1,0 +1,65 @@
+"""The tracked quantile: how many predicted standard deviations cover the true force error, learnt from labels as they come. Pure.
+
+Source: Gibbs & Candès, arXiv 2106.00170 (adaptive conformal inference); the step proportional to q is derived: it keeps q positive and
+makes the update independent of its unit. The long-run share of misses is `miscoverage` whatever the distribution of the errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tumbaga.online.records import Array
+
+
+@dataclass(frozen=True)
+class TrackedQuantile:
+    """The multiplier q between predicted and covered force error.
+
+    Attributes:
+        q: multiplier; the flagging score of a frame is q times its largest force std.
+        miscoverage: share of frames whose error may exceed the score.
+        rate: relative step of an update.
+        low: lower bound of q.
+        high: upper bound of q; a potential that needs more is not calibrated at all.
+        after_swap_least: q is raised to this when a new version serves, since its errors are not known yet.
+    """
+
+    q: float = 2.0
+    miscoverage: float = 0.1
+    rate: float = 0.1
+    low: float = 0.5
+    high: float = 8.0
+    after_swap_least: float = 2.0
+
+    def after(self, ratio: float, audit: bool) -> TrackedQuantile:
+        """Return the quantile after a label.
+
+        Args:
+            ratio: largest error over std of any atom, by the version that served the frame (see `error_ratio`); not finite is a miss.
+            audit: whether the frame was picked at random. Frames picked by the score are biased: they may only raise q.
+        """
+        missed = not ratio <= self.q  # nan is a miss
+        if not missed and not audit:
+            return self
+        step = self.rate * ((1.0 if missed else 0.0) - self.miscoverage)
+        return replace(self, q=min(max(self.q * (1.0 + step), self.low), self.high))
+
+    def after_swap(self) -> TrackedQuantile:
+        """Return the quantile with which a new version starts."""
+        return replace(self, q=max(self.q, self.after_swap_least))
+
+
+def error_ratio(forces_label: Array, forces_served: Array, stds: Array) -> float:
+    """Return max_i |F_label,i - F_served,i| / std_i.
+
+    Args:
+        forces_label: shape (n_atoms, 3), eV/Å.
+        forces_served: what the engine was given for this frame, likewise.
+        stds: predicted standard deviation of each atom's force (norm over xyz) by the version that served, shape (n_atoms,), eV/Å.
+    """
+    errors = np.linalg.norm(forces_label - forces_served, axis=1)
+    # an atom without any predicted spread covers no error at all, but a force that is right to rounding is no miss
+    ratios = np.divide(errors, stds, out=np.where(errors > 1e-9, np.inf, 0.0), where=stds > 0)
+    return float(ratios.max())

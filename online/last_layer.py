@@ -1,0 +1,321 @@
+"""The closed-form Bayesian update of a linear readout from energy and force labels, with its trust region and its acceptance test.
+
+Pure numpy, float64. Knows neither potentials nor stores: it is handed linear models of labelled frames and returns numbers.
+
+The model: E = phi · (base + dw) + n_z · e_z + fixed and F = rows @ (base + dw) + fixed, Gaussian noise of the labels, Gaussian priors on
+dw and on the offsets e_z. Every row is divided by its noise before it enters ("whitened"), so that the noise of all rows is `factor`,
+which is 1 unless cross-validation asks for another.
+
+Source: Bishop, Pattern Recognition and Machine Learning (2006), chapter 3 (posterior, evidence); Bigi, Chong, Ceriotti, Grasselli,
+arXiv 2403.02251 (last-layer posteriors of interatomic potentials). Force rows and the leave-one-label-out identity are derived here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tumbaga.online.errors import UpdateRefusedError
+from tumbaga.online.labelled import Labelled, force_rmse, labelled, largest_residual, mean_row_norm2
+from tumbaga.online.records import Array
+
+__all__ = [
+    "Fit",
+    "Labelled",
+    "Settings",
+    "Verdict",
+    "accept",
+    "fit",
+    "force_rmse",
+    "labelled",
+    "largest_residual",
+    "mean_row_norm2",
+    "trust_region",
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Noise, priors and limits of the update.
+
+    Attributes:
+        sigma_force: label noise of a force component including what the readout cannot express, eV/Å; smaller values are overconfident.
+        sigma_energy: label noise of the energy, eV per atom; inf leaves energies out.
+        prior_force: prior standard deviation of a force component, averaged over the rows behind `mean_h2`, eV/Å.
+        prior_offset: prior standard deviation of the per-species offsets after their least-squares estimate is taken off, eV.
+        noise_factors: candidates for the noise variance relative to the above; leave-one-label-out error chooses.
+        choose_from: how many labels it takes before anything but factor 1 is tried.
+        trust_floor: change of force that is always allowed, eV/Å.
+        trust_ratio: allowed change of force relative to the largest label residual.
+        halvings: how often a step may be halved before it is refused.
+        tolerance: how much worse than the serving readout a candidate may be.
+    """
+
+    sigma_force: float = 0.05
+    sigma_energy: float = 0.002
+    prior_force: float = 0.8
+    prior_offset: float = 1.0
+    noise_factors: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    choose_from: int = 3
+    trust_floor: float = 0.3
+    trust_ratio: float = 1.5
+    halvings: int = 2
+    tolerance: float = 1.05
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """The posterior of a readout.
+
+    Attributes:
+        base: readout that the change is relative to, shape (n_columns,), eV.
+        delta: posterior mean of the change, shape (n_columns,), eV.
+        offsets: energy per atom of each species between label and potential, shape (n_species,), eV; empty without labels. Never served:
+            reported energies keep the first version's zero, or the engine would see a step.
+        precision: marginal precision of the change (offsets integrated out), shape (n_columns, n_columns), 1/eV².
+        covariance: its inverse.
+        prior_precision: of every weight, 1/eV².
+        noise_factor: the chosen noise variance relative to the settings'.
+        loo_rmse: leave-one-label-out force error, component RMSE, eV/Å; nan without labels.
+        log_evidence: ln p(labels), whitened units; 0 without labels. For the record: it prefers too little noise, so it does not choose.
+        n_labels: how many labels were used.
+    """
+
+    base: Array
+    delta: Array
+    offsets: Array
+    precision: Array
+    covariance: Array
+    prior_precision: float
+    noise_factor: float
+    loo_rmse: float
+    log_evidence: float
+    n_labels: int
+
+    @property
+    def readout(self) -> Array:
+        """The updated readout, base + delta, shape (n_columns,), eV."""
+        return self.base + self.delta
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate readout may serve.
+
+    Attributes:
+        accepted: yes or no.
+        reason: one sentence, for the version's record.
+        serving_rmse: force error of what the candidate is held against, component RMSE, eV/Å; nan if there was nothing to judge by.
+        candidate_rmse: force error of the candidate, likewise.
+    """
+
+    accepted: bool
+    reason: str
+    serving_rmse: float
+    candidate_rmse: float
+
+
+def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = None, mean_h2: float | None = None) -> Fit:
+    """Return the posterior of the readout given labels; without labels, the prior.
+
+    The prior on each weight is N(0, prior_force² / mean_h2), so that a typical force component has the prior standard deviation
+    `prior_force`. Only the product of prior precision and noise variance matters to the mean; that product is chosen through the noise,
+    which leaves the prior spread of the forces as it is. Below factor 1 the covariance keeps the noise of the settings: what the mean may
+    trust, the spread should not.
+
+    Args:
+        labels: labelled frames, all in the features of `base`'s version.
+        base: readout of that version, shape (n_columns,), eV.
+        settings: None means the defaults.
+        mean_h2: mean squared norm of a force row over the version's training data; None takes the labels' own.
+
+    Raises:
+        UpdateRefusedError: the equations hold non-finite numbers or have no Cholesky factor, or neither labels nor mean_h2 are given.
+    """
+    settings = settings or Settings()
+    scale = mean_row_norm2([one.rows for one in labels]) if mean_h2 is None else mean_h2
+    if not (math.isfinite(scale) and scale > 0):
+        raise UpdateRefusedError(f"the mean squared force row is {scale}: the features do not depend on the positions")
+    prior = scale / settings.prior_force**2
+    if not labels:
+        identity = np.eye(base.size)
+        return Fit(base, np.zeros(base.size), np.zeros(0), prior * identity, identity / prior, prior, 1.0, math.nan, 0.0, 0)
+    shift = _offset_estimate(labels)
+    equations = _Equations.of(labels, shift, prior, settings)
+    factors = settings.noise_factors if len(labels) >= settings.choose_from else (1.0,)
+    solutions = [equations.solve(factor) for factor in factors]
+    best = min(solutions, key=lambda solution: solution.loo_rmse)
+    spread = best if best.factor >= 1.0 else equations.solve(1.0)
+    n = base.size
+    return Fit(
+        base=base,
+        delta=best.theta[:n],
+        offsets=shift + best.theta[n:],
+        precision=_marginal(spread.precision, n),
+        covariance=spread.covariance[:n, :n],
+        prior_precision=prior,
+        noise_factor=best.factor,
+        loo_rmse=best.loo_rmse,
+        log_evidence=best.log_evidence,
+        n_labels=len(labels),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Solution:
+    factor: float
+    theta: Array
+    precision: Array
+    covariance: Array
+    loo_rmse: float
+    log_evidence: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Equations:
+    """Whitened rows and targets of each label over the columns [change | offsets], and their sums."""
+
+    blocks: tuple[Array, ...]
+    targets: tuple[Array, ...]
+    prior: Array  # diagonal
+    gram: Array
+    moment: Array
+    sigma_force: float
+
+    @classmethod
+    def of(cls, labels: Sequence[Labelled], shift: Array, prior: float, settings: Settings) -> _Equations:
+        blocks, targets = zip(*(_whitened(one, shift, settings) for one in labels), strict=True)
+        n_columns, n_species = labels[0].phi.size, labels[0].composition.size
+        diagonal = np.concatenate([np.full(n_columns, prior), np.full(n_species, settings.prior_offset**-2)])
+        gram = sum((block.T @ block for block in blocks), np.zeros((diagonal.size, diagonal.size)))
+        moment = sum((block.T @ target for block, target in zip(blocks, targets, strict=True)), np.zeros(diagonal.size))
+        return cls(blocks, targets, diagonal, gram, moment, settings.sigma_force)
+
+    def solve(self, factor: float) -> _Solution:
+        precision: Array = self.gram / factor
+        precision[np.diag_indices_from(precision)] += self.prior
+        try:
+            lower = np.linalg.cholesky(precision)
+        except np.linalg.LinAlgError as error:
+            raise UpdateRefusedError("the equations of the update have no Cholesky factor") from error
+        inverse = np.linalg.inv(lower)
+        theta = inverse.T @ (inverse @ (self.moment / factor))
+        if not np.isfinite(theta).all():
+            raise UpdateRefusedError("the update is not finite")
+        covariance = inverse.T @ inverse
+        evidence = self._log_evidence(factor, 2 * float(np.log(np.diag(lower)).sum()), theta)
+        return _Solution(factor, theta, precision, covariance, self._loo_rmse(factor, theta, covariance), evidence)
+
+    def _loo_rmse(self, factor: float, theta: Array, covariance: Array) -> float:
+        """Error of each label's forces had it not been used: r_(-j) = (1 - K_j)^-1 r_j with K_j = X_j C X_j^T / factor; exact."""
+        total, count = 0.0, 0
+        for block, target in zip(self.blocks, self.targets, strict=True):
+            leverage = block @ covariance @ block.T / factor
+            left_out = np.linalg.solve(np.eye(len(block)) - leverage, target - block @ theta)[:-1]  # the last row is the energy
+            total, count = total + float(left_out @ left_out), count + left_out.size
+        return self.sigma_force * math.sqrt(total / count)
+
+    def _log_evidence(self, factor: float, log_det: float, theta: Array) -> float:
+        n_rows = sum(target.size for target in self.targets)
+        squares = sum(float(target @ target) for target in self.targets)
+        misfit = (squares - float(self.moment @ theta)) / factor
+        volume = log_det - float(np.log(self.prior).sum())
+        return -0.5 * (n_rows * math.log(2 * math.pi * factor) + volume + misfit)
+
+
+def _whitened(one: Labelled, shift: Array, settings: Settings) -> tuple[Array, Array]:
+    n_atoms, n_columns = len(one.forces_label), one.phi.size
+    block = np.zeros((3 * n_atoms + 1, n_columns + one.composition.size))
+    block[:-1, :n_columns] = one.rows / settings.sigma_force
+    weight = 1.0 / (n_atoms * settings.sigma_energy)
+    block[-1, :n_columns], block[-1, n_columns:] = one.phi * weight, one.composition * weight
+    energy = (one.energy_label - one.energy_base) - float(one.composition @ shift)
+    return block, np.append(one.residual().ravel() / settings.sigma_force, energy * weight)
+
+
+def _offset_estimate(labels: Sequence[Labelled]) -> Array:
+    """Least-squares, minimum-norm energy per atom of each species, shape (n_species,), eV.
+
+    Taken off before anything else: all-electron totals are -5e4 eV and more, a prior of 1 eV around zero would fight them.
+    """
+    compositions = np.array([one.composition for one in labels])
+    energies = np.array([one.energy_label - one.energy_base for one in labels])
+    solution: Array = np.linalg.lstsq(compositions, energies, rcond=1e-10)[0]
+    return solution
+
+
+def _marginal(precision: Array, n_columns: int) -> Array:
+    """Precision of the first n_columns with the rest integrated out (Schur complement)."""
+    kept, mixed, rest = precision[:n_columns, :n_columns], precision[:n_columns, n_columns:], precision[n_columns:, n_columns:]
+    marginal: Array = kept - mixed @ np.linalg.solve(rest, mixed.T)
+    return marginal
+
+
+def trust_region(
+    candidate: Array, serving: Array, buffered: Sequence[Array], largest_label_residual: float, settings: Settings | None = None
+) -> float:
+    """Return by how much the step from the serving to the candidate readout must be shortened: 1, 1/2, 1/4 …
+
+    A step may change forces on recent frames by `trust_floor`, or by `trust_ratio` times what the labels themselves asked for.
+
+    Args:
+        candidate: proposed readout, shape (n_columns,), eV.
+        serving: readout that serves now, in the same features.
+        buffered: force rows of recent frames, each of shape (3 * n_atoms, n_columns).
+        largest_label_residual: see `largest_residual`, eV/Å.
+        settings: None means the defaults.
+
+    Raises:
+        UpdateRefusedError: even the shortest step is too long, or the step is not finite.
+    """
+    settings = settings or Settings()
+    change = candidate - serving
+    if not np.isfinite(change).all():
+        raise UpdateRefusedError("the update is not finite")
+    moved = max((float(np.linalg.norm((rows @ change).reshape(-1, 3), axis=1).max()) for rows in buffered), default=0.0)
+    limit = max(settings.trust_floor, settings.trust_ratio * largest_label_residual)
+    for halving in range(settings.halvings + 1):
+        if moved * 0.5**halving <= limit:
+            return float(0.5**halving)
+    raise UpdateRefusedError(f"the update would change a force on a recent frame by {moved:.2f} eV/Å; {limit:.2f} is allowed")
+
+
+def accept(
+    fitted: Fit,
+    labels: Sequence[Labelled],
+    holdout: Sequence[Labelled],
+    serving: Array,
+    candidate: Array | None = None,
+    settings: Settings | None = None,
+) -> Verdict:
+    """Judge a candidate readout by held-out labels; without any, by its leave-one-label-out error.
+
+    The latter is compared with the *base* readout on the same labels: the serving one was fitted to most of them, so its error there says
+    little, while neither the base nor a left-one-out fit has seen the label it is tried on.
+
+    Args:
+        fitted: the fit behind the candidate.
+        labels: the labels it used.
+        holdout: labels it did not use, joined with the same base.
+        serving: readout that serves now.
+        candidate: readout to judge; None means the fit's own (pass the shortened one after a trust region).
+        settings: None means the defaults.
+    """
+    settings = settings or Settings()
+    candidate = fitted.readout if candidate is None else candidate
+    if not np.isfinite(candidate).all():
+        return Verdict(False, "the candidate readout is not finite", math.nan, math.nan)
+    if holdout:
+        before, after = force_rmse(holdout, serving, fitted.base), force_rmse(holdout, candidate, fitted.base)
+        what = f"{len(holdout)} held-out labels"
+    elif labels:
+        before, after = force_rmse(labels, fitted.base, fitted.base), fitted.loo_rmse
+        what = f"{len(labels)} labels, each left out in turn"
+    else:
+        return Verdict(False, "there is no label to judge by", math.nan, math.nan)
+    accepted = after <= settings.tolerance * before
+    change = "accepted" if accepted else f"refused, more than {settings.tolerance:g} times"
+    return Verdict(accepted, f"{change}: force RMSE {after:.4f} against {before:.4f} eV/Å on {what}", before, after)
