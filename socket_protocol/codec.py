@@ -229,7 +229,7 @@ def _encode_posdata(event: PosData) -> bytes:
 def _inverse(cell: Float64s) -> Float64s:
     """Return the inverse of `cell`, or zeros without one: drivers should not read it, and ASE's insists that it is finite."""
     try:
-        inverse: Float64s = np.linalg.inv(cell)
+        inverse = np.asarray(np.linalg.inv(cell), np.float64)
     except np.linalg.LinAlgError:
         return np.zeros((3, 3))
     return inverse if np.isfinite(inverse).all() else np.zeros((3, 3))
@@ -256,4 +256,6 @@ def _check_finite(word: str, *arrays: Float64s) -> None:
 
 
 _FORCEREADY = _header(ForceReady)
-_WHOLE: Mapping[type[Event], bytes] = {type(event): _header(event) for event in (Status(), GetForce(), Exit(), NeedInit(), Ready(), HaveData())}
+_WHOLE: Mapping[type[Event], bytes] = {
+    type(event): _header(event) for event in (Status(), GetForce(), Exit(), NeedInit(), Ready(), HaveData())
+}

@@ -23,15 +23,14 @@ from random import Random
 from types import TracebackType
 from typing import Final, Self
 
+from tumbaga.socket_protocol.addresses import DEFAULT_PREFIX, Address
 from tumbaga.socket_protocol.connection import Connection
 from tumbaga.socket_protocol.errors import AddressError, AddressInUseError, DialError, NotYetError
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_PREFIX: Final = "/tmp/ipi_"
-"""What i-PI and ASE put before the name of a unix socket."""
+__all__ = ["DEFAULT_PREFIX", "Address", "Backoff", "Dialling", "Listener", "Stream", "dial", "listen"]
 
-_MAX_PATH = 107  # bytes in sockaddr_un on Linux, less the closing NUL
 _CHUNK = 1 << 16
 _MAX_TURN = 1 << 20  # bytes read from one peer before the loop looks at the others
 _MAX_UNSENT = 1 << 20  # bytes that may wait for a slow reader before its requests are no longer read
@@ -42,87 +41,12 @@ _GONE = (ConnectionError, TimeoutError)
 _QUICKACK: Final[int | None] = getattr(socket, "TCP_QUICKACK", None)  # Linux only
 
 
-# --- addresses ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a socket is: a path, or a host and a port. Make it with `unix`, `tcp` or `parse`.
-
-    Attributes:
-        path: of the unix socket, prefix included; empty for tcp.
-        host: name or number; empty for unix.
-        port: 1 to 65535, or 0 to let `listen` choose one.
-    """
-
-    path: str = ""
-    host: str = ""
-    port: int = 0
-
-    @classmethod
-    def unix(cls, name: str, prefix: str = DEFAULT_PREFIX) -> Address:
-        """Return the address of a unix socket: `prefix + name`, or `name` itself if it is a path, that is, has a slash.
-
-        Raises:
-            AddressError: no name, or a path of more than 107 bytes.
-        """
-        shown = f"unix:{name}"
-        if not name:
-            raise AddressError(shown, "the name of the socket is missing; write unix:NAME, with the NAME given to the engine")
-        path = name if "/" in name else prefix + name
-        if "\0" in path:
-            raise AddressError(shown, "a path cannot hold a NUL")
-        length = len(os.fsencode(path))
-        if length > _MAX_PATH:
-            raise AddressError(shown, f"the path {path} has {length} bytes, the system allows {_MAX_PATH}; use a shorter name or prefix")
-        return cls(path=path)
-
-    @classmethod
-    def tcp(cls, host: str, port: int) -> Address:
-        """Return the address of a tcp socket. Port 0 is for `listen` only.
-
-        Raises:
-            AddressError: no host, or a port out of range.
-        """
-        shown = f"tcp:{host}:{port}"
-        if not host:
-            raise AddressError(shown, "the host is missing; write tcp:HOST:PORT, for this machine tcp:127.0.0.1:PORT")
-        if not 0 <= port <= 65535:
-            raise AddressError(shown, f"port {port} is out of range, 1 to 65535")
-        return cls(host=host, port=port)
-
-    @classmethod
-    def parse(cls, text: str, prefix: str = DEFAULT_PREFIX) -> Address:
-        """Return the address written as `unix:NAME`, `unix:/a/path`, `unix:./a/path`, `tcp:HOST:PORT` or `tcp:[::1]:PORT`.
-
-        Raises:
-            AddressError: `text` is none of these.
-
-        >>> str(Address.parse("unix:cuau")), str(Address.parse("tcp:localhost:31415"))
-        ('unix:/tmp/ipi_cuau', 'tcp:localhost:31415')
-        """
-        kind, _, rest = text.partition(":")
-        if kind == "unix":
-            return cls.unix(rest, prefix)
-        if kind != "tcp":
-            raise AddressError(text, "write unix:NAME, unix:/a/path or tcp:HOST:PORT")
-        host, colon, port = rest.rpartition(":")
-        if not colon or not (port.isascii() and port.isdecimal()) or not 1 <= int(port[:6]) <= 65535:
-            raise AddressError(text, "the port is missing or out of range; write tcp:HOST:PORT with a port from 1 to 65535")
-        return cls.tcp(host.removeprefix("[").removesuffix("]"), int(port))
-
-    def __str__(self) -> str:
-        if self.path:
-            return f"unix:{os.path.abspath(self.path)}"
-        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
-
-
 @dataclass(frozen=True, slots=True)
 class _Target:
     """One thing that `socket.socket` and `connect` or `bind` understand; a tcp name may have several."""
 
     family: int
-    where: str | tuple[str | int, ...]
+    where: str | tuple[str | int | bytes, ...]
 
 
 def _targets(address: Address) -> list[_Target]:
@@ -193,7 +117,7 @@ class Stream:
     def interest(self, connection: Connection) -> int:
         """Return what to ask the selector for: EVENT_READ, EVENT_WRITE, both or 0 (then unregister; a selector takes no 0)."""
         mask = selectors.EVENT_WRITE if self._out else 0
-        if connection.wants_data and len(self._out) < _MAX_UNSENT:
+        if (connection.wants_data and len(self._out) < _MAX_UNSENT) or (self._broken and not connection.eof):
             mask |= selectors.EVENT_READ
         return mask
 
@@ -219,6 +143,8 @@ class Stream:
             total += count
             if count < _CHUNK:
                 break  # the socket was empty for a moment; the selector tells when there is more
+        if self._broken and not total and not connection.eof:
+            connection.receive_data(b"")
         return total
 
     def send(self, data: bytes) -> None:
