@@ -36,6 +36,8 @@ __all__ = [
     "trust_region",
 ]
 
+_REFINEMENTS = 2
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -130,13 +132,13 @@ def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = Non
         labels: labelled frames, all in the features of `base`'s version.
         base: readout of that version, shape (n_columns,), eV.
         settings: None means the defaults.
-        mean_h2: mean squared norm of a force row over the version's training data; None takes the labels' own.
+        mean_h2: mean squared norm of a force row over the version's training data; None or 0 (unknown) takes the labels' own.
 
     Raises:
         UpdateRefusedError: the equations hold non-finite numbers or have no Cholesky factor, or neither labels nor mean_h2 are given.
     """
     settings = settings or Settings()
-    scale = mean_row_norm2([one.rows for one in labels]) if mean_h2 is None else mean_h2
+    scale = mean_h2 or mean_row_norm2([one.rows for one in labels])
     if not (math.isfinite(scale) and scale > 0):
         raise UpdateRefusedError(f"the mean squared force row is {scale}: the features do not depend on the positions")
     prior = scale / settings.prior_force**2
@@ -202,12 +204,21 @@ class _Equations:
         except np.linalg.LinAlgError as error:
             raise UpdateRefusedError("the equations of the update have no Cholesky factor") from error
         inverse = np.linalg.inv(lower)
-        theta = inverse.T @ (inverse @ (self.moment / factor))
+        covariance = inverse.T @ inverse
+        theta = covariance @ (self.moment / factor)
+        # normal equations square the condition number; steps against the residual of the rows themselves win the digits back
+        for _ in range(_REFINEMENTS):
+            theta = theta + covariance @ self._slope(factor, theta)
         if not np.isfinite(theta).all():
             raise UpdateRefusedError("the update is not finite")
-        covariance = inverse.T @ inverse
         evidence = self._log_evidence(factor, 2 * float(np.log(np.diag(lower)).sum()), theta)
         return _Solution(factor, theta, precision, covariance, self._loo_rmse(factor, theta, covariance), evidence)
+
+    def _slope(self, factor: float, theta: Array) -> Array:
+        slope = -self.prior * theta
+        for block, target in zip(self.blocks, self.targets, strict=True):
+            slope += block.T @ (target - block @ theta) / factor
+        return slope
 
     def _loo_rmse(self, factor: float, theta: Array, covariance: Array) -> float:
         """Error of each label's forces had it not been used: r_(-j) = (1 - K_j)^-1 r_j with K_j = X_j C X_j^T / factor; exact."""

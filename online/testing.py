@@ -20,7 +20,8 @@ class ToyTrainable:
     """Sums of Gaussians of pair distances, weighted by a readout; a repulsive core stays outside the readout.
 
     f_i[z, k] = sum over neighbours j of species z of g_k(r_ij) * c(r_ij), with g_k a Gaussian and c = (1 - (r / cutoff)²)³ a cut-off.
-    The weights of atom i's species multiply f_i, so n_hidden = n_elements * n_gaussians.
+    The weights of atom i's species multiply f_i, so n_hidden = n_elements * n_gaussians. Centres of the Gaussians depend on the species of
+    i: otherwise O-H and H-O pairs would have the same features and no label could tell their weights apart.
 
     Attributes:
         elements: atomic numbers, the order of the readout's blocks.
@@ -74,7 +75,7 @@ class ToyTrainable:
         """
         with np.errstate(all="ignore"):
             pairs = _Pairs.of(frame, self.elements, self.cutoff)
-            values, slopes = self._basis(pairs.lengths)
+            values, slopes = self._basis(pairs)
             phi = np.zeros((len(self.elements) * len(self.elements), self.n_gaussians))
             kinds = pairs.kinds(len(self.elements))
             np.add.at(phi, kinds, values)
@@ -93,7 +94,7 @@ class ToyTrainable:
         model = self.force_rows(frame)
         with np.errstate(all="ignore"):
             pairs = _Pairs.of(frame, self.elements, self.cutoff)
-            values, slopes = self._basis(pairs.lengths)
+            values, slopes = self._basis(pairs)
             features = np.zeros((len(frame), len(self.elements), self.n_gaussians))
             np.add.at(features, (pairs.first, pairs.second_kind), values)
             table = weights.reshape(-1, self.n_gaussians)[pairs.kinds(len(self.elements))]
@@ -103,13 +104,13 @@ class ToyTrainable:
             forces = (model.rows @ weights).reshape(-1, 3) + model.forces_fixed
         return Prediction(energy, forces, virial, features.reshape(len(frame), -1))
 
-    def _basis(self, lengths: Array) -> tuple[Array, Array]:
+    def _basis(self, pairs: _Pairs) -> tuple[Array, Array]:
         """Values and derivatives of the Gaussians times the cut-off, shape (n_pairs, n_gaussians)."""
-        centres = np.linspace(0.5, self.cutoff, self.n_gaussians, endpoint=False)
-        width = centres[1] - centres[0] if len(centres) > 1 else 1.0
-        away = (lengths[:, None] - centres) / width
+        width = (self.cutoff - 0.5) / self.n_gaussians
+        centres = 0.5 + width * (np.arange(self.n_gaussians) + pairs.first_kind[:, None] / len(self.elements))
+        away = (pairs.lengths[:, None] - centres) / width
         bells = np.exp(-0.5 * away**2)
-        cut, cut_slope = self._cut(lengths)
+        cut, cut_slope = self._cut(pairs.lengths)
         return bells * cut[:, None], bells * (cut_slope[:, None] - cut[:, None] * away / width)
 
     def _core(self, lengths: Array) -> tuple[float, Array]:

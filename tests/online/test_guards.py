@@ -1,0 +1,76 @@
+"""The cheap guards."""
+
+from __future__ import annotations
+
+import ase.data
+import numpy as np
+import pytest
+
+from tumbaga.online.guards import COVALENT_RADII, Verdict, check_frame, check_numbers, check_prediction, closest_pair
+from tumbaga.online.records import Frame, Prediction
+
+CELL = np.array([[8.0, 0, 0], [2.0, 7.0, 0], [-3.0, 1.0, 9.0]])
+
+
+def dimer(distance: float, cell: np.ndarray | None = None) -> Frame:
+    positions = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, distance]])
+    return Frame(np.array([8, 1]), positions) if cell is None else Frame(np.array([8, 1]), positions, cell, True)
+
+
+def test_radii_are_the_published_ones() -> None:
+    """The table holds what ASE holds, for every element that has a value."""
+    np.testing.assert_array_equal(COVALENT_RADII[1:97], ase.data.covalent_radii[1:97])
+
+
+def test_overlapping_atoms_are_dead() -> None:
+    """0.3 of the covalent radii (0.97 Å for OH) is the limit, and the sentence names the pair and the distance."""
+    assert check_frame(dimer(0.97 * 0.31)).verdict is Verdict.OK
+    found = check_frame(dimer(0.97 * 0.29))
+    assert found.verdict is Verdict.DEAD
+    assert "atoms 0 and 1 are 0.281 Å apart" in found.sentence
+    assert check_frame(dimer(0.0)).verdict is Verdict.DEAD
+    assert check_frame(Frame(np.array([8]), np.zeros((1, 3)))).verdict is Verdict.OK
+
+
+def test_overlap_is_seen_through_the_walls_of_a_slanted_cell() -> None:
+    """Atoms on top of each other's images count, wrapped or not."""
+    through = Frame(np.array([8, 1]), np.array([[0.0, 0.0, 0.1], CELL.sum(axis=0)]), CELL, True)
+
+    assert check_frame(through).verdict is Verdict.DEAD
+    assert check_frame(Frame(through.numbers, through.positions)).verdict is Verdict.OK
+
+
+def test_closest_pair_of_many_atoms(rng: np.random.Generator) -> None:
+    """Blocks of rows find the same pair as one table."""
+    positions = np.stack(np.meshgrid(*[np.arange(9.0)] * 3), axis=-1).reshape(-1, 3) * 3.0
+    positions[600] = positions[601] + [0.2, 0.0, 0.0]
+    ratio, first, second = closest_pair(Frame(np.full(729, 29), positions))
+
+    assert {first, second} == {600, 601}
+    assert ratio == pytest.approx(0.2 / 2.64)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_input_that_is_not_finite_is_dead(bad: float) -> None:
+    """Positions or cell: never answered with numbers."""
+    assert check_numbers(np.array([[0.0, bad, 0.0]]), np.eye(3)).verdict is Verdict.DEAD
+    assert check_numbers(np.zeros((1, 3)), np.full((3, 3), bad)).verdict is Verdict.DEAD
+    assert check_numbers(np.zeros((1, 3)), np.eye(3)).verdict is Verdict.OK
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["energy", "forces", "virial"])
+def test_output_that_is_not_finite_is_critical(bad: float, where: str) -> None:
+    """One number is enough, wherever it is."""
+    energy = bad if where == "energy" else 0.0
+    forces, virial = (np.full(shape, bad if where == name else 0.0) for name, shape in (("forces", (2, 3)), ("virial", (3, 3))))
+
+    assert check_prediction(Prediction(energy, forces, virial)).verdict is Verdict.CRIT
+
+
+def test_absurd_forces_are_dead() -> None:
+    """1000 eV/Å, as a norm over xyz."""
+    for force, verdict in ((999.0, Verdict.OK), (1001.0, Verdict.DEAD)):
+        forces = np.zeros((2, 3))
+        forces[1] = force * np.array([0.6, 0.0, 0.8])
+        assert check_prediction(Prediction(0.0, forces, np.zeros((3, 3)))).verdict is verdict
