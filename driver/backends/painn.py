@@ -1,0 +1,286 @@
+"""The embedded potential "painn:…": weights from a safetensors file, adapted to the ports of ``tumbaga.online.ports``.
+
+    E = sum_i w[z_i] · f_i + sum_i e[z_i] + E_core
+
+with features f from ``painn_net``, a readout w for each element, reference energies e and the core of ``painn_pairs``; the last two are
+what the ports call the fixed part. The network runs in float32 by default; energies and forces are summed up in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tumbaga.driver.backends.painn_net import Hyper, Network
+from tumbaga.driver.backends.painn_pairs import Core, pairs
+from tumbaga.driver.errors import PotentialError
+from tumbaga.online.ports import ForceRows, PotentialSpec
+from tumbaga.online.records import Array, Frame, Ints, Prediction
+
+ARCHITECTURE: Final = "tumbaga-painn-1"
+DATA: Final = Path(__file__).parent.parent / "data"
+_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
+_READOUT, _REFERENCE = "readout", "reference"  # the tensors outside the network, float64
+
+
+class UnknownElementError(PotentialError):
+    """A frame holds an element that the potential was never trained on."""
+
+    def __init__(self, name: str, number: int, known: tuple[int, ...]) -> None:
+        super().__init__(name, f"it does not know {chemical_symbols[number]}; it knows {', '.join(chemical_symbols[z] for z in known)}")
+        self.args = (name, number, known)  # facts, so that the error stays picklable
+
+
+class Graph(NamedTuple):
+    """Frames as one flat batch; pairs of a frame stand together, frames in order.
+
+    Attributes:
+        species: of all atoms, shape (n_atoms,).
+        frame_of: frame of each atom, shape (n_atoms,).
+        first, second: rows of `species`, shape (n_pairs,).
+        vectors: shape (n_pairs, 3), float64, Å.
+        atoms: where the atoms of each frame start, and their end; shape (n_frames + 1,).
+        edges: the same for pairs.
+    """
+
+    species: Ints
+    frame_of: Ints
+    first: Ints
+    second: Ints
+    vectors: Array
+    atoms: Ints
+    edges: Ints
+
+
+class PaiNN:
+    """A PaiNN potential with a linear readout for each element; implements ``Trainable``.
+
+    Args:
+        name: as the user wrote it.
+        tensors: the network's tensors, "readout" (n_columns,) and "reference" (n_elements,), eV; further ones are ignored, so that a
+            version file, which holds more, can be loaded as it is.
+        metadata: of the weights file; see `metadata`.
+        device: "cpu", "cuda", …, or "auto" for a GPU where there is one.
+        dtype: "float32" or "float64", inside the network.
+
+    Raises:
+        PotentialError: a tensor is missing or has the wrong shape, or the metadata are not of this architecture.
+    """
+
+    def __init__(
+        self, name: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], device: str = "cpu", dtype: str = "float32"
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise PotentialError(name, f"dtype {dtype!r} is not float32 or float64")
+        self._metadata = dict(metadata)
+        self.hyper, facts = _declared(name, metadata)
+        self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self._dtype, self._dtype_name = _DTYPES[dtype], dtype
+        elements = self.hyper.elements
+        self.spec = PotentialSpec(
+            name=name,
+            elements=elements,
+            cutoff=self.hyper.cutoff,
+            n_hidden=self.hyper.n_hidden,
+            level=str(facts.get("level", "")),
+            mean_h2=float(facts.get("mean_h2", 0.0)),
+        )
+        self._network = _filled(name, self.hyper, tensors).to(self._device, self._dtype)
+        self._readout = _outside(name, tensors, _READOUT, self.spec.n_columns)
+        self._reference = _outside(name, tensors, _REFERENCE, len(elements))
+        self._core = Core(elements)
+        self._species_of = np.full(119, -1, dtype=np.int64)
+        self._species_of[list(elements)] = np.arange(len(elements))
+        self._exact: Network | None = None
+
+    def __repr__(self) -> str:
+        known = "".join(chemical_symbols[z] for z in self.hyper.elements)
+        return f"<PaiNN {self.spec.name} {known} {self.hyper.channels}x{self.hyper.layers} {self._dtype_name} on {self._device}>"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the weights file says beside its tensors: "architecture", and "hyper" and "facts" as JSON. Write it into version files too."""
+        return dict(self._metadata)
+
+    def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
+        """Evaluate frames of any sizes as one batch; see ``Potential.predict``.
+
+        Raises:
+            UnknownElementError: a frame holds an element outside `spec.elements`.
+        """
+        if not frames:
+            return []
+        graph = self._graph(frames)
+        own = self._readout[None] if readouts is None else np.asarray(readouts, dtype=np.float64)
+        blocks = np.broadcast_to(own, (len(frames), self.spec.n_columns)).reshape(len(frames), -1, self.hyper.n_hidden)
+        weights = blocks[graph.frame_of, graph.species]
+        features, gradients = self._run(graph, weights)
+        core, core_gradients = self._core(graph.species[graph.first], graph.species[graph.second], graph.vectors)
+        gradients += core_gradients
+        forces = _scattered(graph, gradients)
+        energies = (features * weights).sum(axis=1) + self._reference[graph.species]
+        found = []
+        for k in range(len(frames)):
+            atoms, edges = slice(*graph.atoms[k : k + 2]), slice(*graph.edges[k : k + 2])
+            strain = graph.vectors[edges].T @ gradients[edges]
+            energy = float(energies[atoms].sum() + core[edges].sum())
+            found.append(Prediction(energy, forces[atoms], -0.5 * (strain + strain.T), features[atoms]))
+        return found
+
+    def readout(self) -> Array:
+        """Its own readout weights, shape (n_columns,), float64, eV, in element blocks; a copy."""
+        return self._readout.copy()
+
+    def force_rows(self, frame: Frame) -> ForceRows:
+        """The linear model of one frame, in float64 throughout whatever the dtype of `predict`; only blocks of present elements are not zero.
+
+        Raises:
+            UnknownElementError: the frame holds an element outside `spec.elements`.
+        """
+        graph = self._graph([frame])
+        width = self.hyper.n_hidden
+        features, slopes = self._jacobian(graph)
+        phi = np.zeros((len(self.hyper.elements), width))
+        np.add.at(phi, graph.species, features)
+        rows = np.zeros((3 * len(frame), self.spec.n_columns))
+        for species, gradients in slopes.items():  # gradients: (n_hidden, n_pairs, 3)
+            block = _scattered(graph, gradients.transpose(1, 2, 0))
+            rows[:, species * width : (species + 1) * width] = block.reshape(-1, width)
+        core, core_gradients = self._core(graph.species[graph.first], graph.species[graph.second], graph.vectors)
+        fixed = float(self._reference[graph.species].sum() + core.sum())
+        return ForceRows(phi.reshape(-1), rows, fixed, _scattered(graph, core_gradients))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All tensors by name: the network's in the dtype they run in, "readout" and "reference" in float64; copies."""
+        own = {key: value.detach().cpu().numpy().copy() for key, value in self._network.state_dict().items()}
+        return {**own, _READOUT: self._readout.copy(), _REFERENCE: self._reference.copy()}
+
+    def with_state(self, tensors: Mapping[str, np.ndarray]) -> PaiNN:
+        """Return the same potential with other weights, e.g. those of a version file.
+
+        Raises:
+            PotentialError: a tensor is missing or has the wrong shape.
+        """
+        return PaiNN(self.spec.name, tensors, self._metadata, str(self._device), self._dtype_name)
+
+    def _graph(self, frames: Sequence[Frame]) -> Graph:
+        found = [pairs(frame, self.hyper.cutoff) for frame in frames]
+        atoms = np.cumsum([0] + [len(frame) for frame in frames])
+        numbers = np.concatenate([frame.numbers for frame in frames])
+        species = self._species_of[numbers]
+        if species.min() < 0:
+            raise UnknownElementError(self.spec.name, int(numbers[species < 0][0]), self.hyper.elements)
+        return Graph(
+            species=species,
+            frame_of=np.repeat(np.arange(len(frames)), np.diff(atoms)),
+            first=np.concatenate([p.first + start for p, start in zip(found, atoms[:-1], strict=True)]),
+            second=np.concatenate([p.second + start for p, start in zip(found, atoms[:-1], strict=True)]),
+            vectors=np.concatenate([p.vectors for p in found]),
+            atoms=atoms,
+            edges=np.cumsum([0] + [len(p.first) for p in found]),
+        )
+
+    def _tensors(self, graph: Graph, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # torch.tensor copies into aligned memory: with unaligned borrowed memory the last bits may differ from process to process
+        first, second, species = (torch.tensor(a, device=self._device) for a in (graph.first, graph.second, graph.species))
+        return torch.tensor(graph.vectors, dtype=dtype, device=self._device).requires_grad_(), first, second, species
+
+    def _run(self, graph: Graph, weights: Array) -> tuple[Array, Array]:
+        """Features (n_atoms, n_hidden) and dE/dvectors (n_pairs, 3), both float64, of the network part under the weights of each atom."""
+        vectors, first, second, species = self._tensors(graph, self._dtype)
+        features = self._network(vectors, first, second, species)
+        seed = torch.tensor(weights, dtype=self._dtype, device=self._device)
+        (gradients,) = torch.autograd.grad(features, vectors, seed)
+        return _numpy(features), _numpy(gradients)
+
+    def _jacobian(self, graph: Graph) -> tuple[Array, dict[int, Array]]:
+        """Features, and for each present species the gradients of its summed features, (n_hidden, n_pairs, 3); float64."""
+        if self._exact is None:
+            self._exact = copy.deepcopy(self._network).double()
+        vectors, first, second, species = self._tensors(graph, torch.float64)
+        features = self._exact(vectors, first, second, species)
+        units = torch.eye(self.hyper.n_hidden, dtype=torch.float64, device=self._device)
+        slopes = {}
+        for one in np.unique(graph.species).tolist():
+            seeds = units[:, None, :] * (species == one)[None, :, None]
+            (gradients,) = torch.autograd.grad(features, vectors, seeds, retain_graph=True, is_grads_batched=True)
+            slopes[one] = _numpy(gradients)
+        return _numpy(features), slopes
+
+
+def load(name: str, device: str = "auto", dtype: str = "float32") -> PaiNN:
+    """Load "painn:cuau-water" from the package, or "painn:/path/to/file.safetensors"; the prefix may be left out.
+
+    Raises:
+        PotentialError: the file is missing, damaged or of another architecture; the sentence says which.
+    """
+    rest = name.removeprefix("painn:")
+    path = DATA / f"{rest}.safetensors" if (DATA / f"{rest}.safetensors").is_file() and "/" not in rest else Path(rest)
+    name = f"painn:{rest}"
+    if not path.is_file():
+        packaged = ", ".join(f"painn:{file.stem}" for file in sorted(DATA.glob("*.safetensors")))
+        raise PotentialError(name, f"there is no file {str(path)!r}; packaged are {packaged or 'none'}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise PotentialError(name, f"the file {str(path)!r} cannot be read as safetensors; it is damaged or something else ({error})") from error
+    return PaiNN(name, tensors, metadata, device, dtype)
+
+
+def load_backend(rest: str, device: str = "auto", dtype: str = "float32") -> PaiNN:
+    """What the registry calls with the part of the name after "painn:"; see `load`."""
+    return load(rest, device, dtype)
+
+
+def _declared(name: str, metadata: Mapping[str, str]) -> tuple[Hyper, dict[str, Any]]:
+    found = metadata.get("architecture", "none given")
+    if found != ARCHITECTURE:
+        raise PotentialError(name, f"the file declares the architecture {found!r}, but this back end reads {ARCHITECTURE!r}")
+    try:
+        hyper = json.loads(metadata["hyper"])
+        return Hyper(**{**hyper, "elements": tuple(hyper["elements"])}), json.loads(metadata.get("facts", "{}"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PotentialError(name, f"the metadata of the file are damaged ({error!r})") from error
+
+
+def _filled(name: str, hyper: Hyper, tensors: Mapping[str, np.ndarray]) -> Network:
+    network = Network(hyper)
+    own = network.state_dict()
+    missing = sorted(set(own) - set(tensors))
+    if missing:
+        raise PotentialError(name, f"the file lacks the tensor {missing[0]!r}")
+    for key, value in own.items():
+        if tuple(value.shape) != tensors[key].shape:
+            raise PotentialError(name, f"the tensor {key!r} has shape {tensors[key].shape}, expected {tuple(value.shape)}")
+    # float64 first, so that float64 weights survive a float64 load
+    network.double().load_state_dict({key: torch.tensor(tensors[key], dtype=torch.float64) for key in own})
+    return network.requires_grad_(False)
+
+
+def _outside(name: str, tensors: Mapping[str, np.ndarray], key: str, size: int) -> Array:
+    if key not in tensors or tensors[key].shape != (size,):
+        raise PotentialError(name, f"the file lacks the tensor {key!r} of {size} numbers")
+    return np.array(tensors[key], dtype=np.float64)
+
+
+def _scattered(graph: Graph, gradients: Array) -> Array:
+    """Forces (or force rows) of all atoms from dE/dvectors: what `first` gains `second` loses, so the net force is zero to rounding."""
+    forces = torch.zeros((len(graph.species), *gradients.shape[1:]), dtype=torch.float64)
+    values = torch.tensor(gradients)
+    forces.index_add_(0, torch.tensor(graph.first), values).index_add_(0, torch.tensor(graph.second), values, alpha=-1)
+    return _numpy(forces)
+
+
+def _numpy(tensor: Tensor) -> Array:
+    return np.asarray(tensor.detach().cpu().numpy(), dtype=np.float64)

@@ -1,0 +1,121 @@
+"""Pairs of a frame and what holds for any pair by itself: the neighbour list and the repulsive core. numpy float64, no torch."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from ase.data import covalent_radii
+from vesin import NeighborList
+
+from tumbaga.online.records import Array, Frame, Ints
+
+DENSE_LIMIT: Final = 48  # atoms; up to here all distances at once cost no more than a cell list (docs/models/cuau-water.md)
+CORE_INNER, CORE_OUTER = 0.5, 0.8  # of the sum of covalent radii: the core is whole below the first, and gone from the second on
+_COULOMB: Final = 14.399645  # e^2 / (4 pi epsilon_0), eV Å
+_BOHR: Final = 0.529177  # Å
+_ZBL: Final = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))
+
+
+class Pairs(NamedTuple):
+    """All ordered pairs of a frame within a cutoff.
+
+    Attributes:
+        first: rows of the atoms that look, shape (n_pairs,), int64, ascending.
+        second: rows of the atoms seen, shape (n_pairs,), int64.
+        vectors: from first to the image of second, shape (n_pairs, 3), float64, Å.
+    """
+
+    first: Ints
+    second: Ints
+    vectors: Array
+
+
+def pairs(frame: Frame, cutoff: float) -> Pairs:
+    """Return all ordered pairs closer than the cutoff (Å), images included.
+
+    Periodic positions are wrapped first, so that the answer does not depend on how far an engine let its atoms run.
+    """
+    if not frame.periodic:
+        return _dense(frame.positions, cutoff) if len(frame) <= DENSE_LIMIT else _listed(frame.positions, frame, cutoff)
+    fractional = frame.positions @ np.linalg.inv(frame.cell)
+    return _listed((fractional - np.floor(fractional)) @ frame.cell, frame, cutoff)
+
+
+def _dense(positions: Array, cutoff: float) -> Pairs:
+    between = positions[None] - positions[:, None]
+    square = np.einsum("ijc,ijc->ij", between, between)
+    np.fill_diagonal(square, np.inf)
+    first, second = np.nonzero(square < cutoff * cutoff)
+    return Pairs(first, second, between[first, second])
+
+
+def _listed(positions: Array, frame: Frame, cutoff: float) -> Pairs:
+    search = NeighborList(cutoff=cutoff, full_list=True)
+    first, second, vectors = search.compute(positions, frame.cell, frame.periodic, "ijD", copy=True)
+    # one order for equal frames: sums in float32 depend on it
+    order = np.lexsort((vectors[:, 2], vectors[:, 1], vectors[:, 0], second, first))
+    return Pairs(first[order].astype(np.int64), second[order].astype(np.int64), vectors[order])
+
+
+class Core:
+    """Screened nuclear repulsion at short distance, switched off smoothly (twice differentiable) well below any bond length.
+
+    No training frame shows a network the inside of an atom; without the core it may invent a hole there, and a run falls in.
+
+    Args:
+        elements: atomic numbers; species are indices into them.
+
+    Source:
+        J. F. Ziegler, J. P. Biersack, U. Littmark, The Stopping and Range of Ions in Solids (1985): universal screening function.
+    """
+
+    def __init__(self, elements: tuple[int, ...]) -> None:
+        charges = np.array(elements, dtype=np.float64)
+        radii = covalent_radii[list(elements)]
+        self._contact = radii[:, None] + radii[None]
+        self._charge = _COULOMB * charges[:, None] * charges[None]
+        self._length = 0.8854 * _BOHR / (charges[:, None] ** 0.23 + charges[None] ** 0.23)
+        self._reach = float(CORE_OUTER * self._contact.max())
+
+    def __call__(self, first: Ints, second: Ints, vectors: Array) -> tuple[Array, Array]:
+        """Return what each ordered pair adds.
+
+        Args:
+            first: species of the looking atoms, shape (n_pairs,).
+            second: species of the atoms seen, shape (n_pairs,).
+            vectors: shape (n_pairs, 3), float64, Å; a full list.
+
+        Returns:
+            Energies, shape (n_pairs,), eV (half the pair energy, since each pair comes twice), and their gradients with respect to the
+            vectors, shape (n_pairs, 3), eV/Å.
+        """
+        energies, gradients = np.zeros(len(vectors)), np.zeros_like(vectors)
+        distance = np.sqrt(np.einsum("pc,pc->p", vectors, vectors))
+        near = np.flatnonzero(distance < self._reach)
+        if near.size:
+            near = near[distance[near] < CORE_OUTER * self._contact[first[near], second[near]]]
+        if near.size:
+            kind, r = (first[near], second[near]), distance[near]
+            energy, slope = _switched_zbl(r, self._charge[kind], self._length[kind], self._contact[kind])
+            energies[near] = 0.5 * energy
+            with np.errstate(divide="ignore", invalid="ignore"):
+                gradients[near] = (0.5 * slope / r)[:, None] * vectors[near]
+        return energies, gradients
+
+
+def _switched_zbl(r: Array, charge: Array, length: Array, contact: Array) -> tuple[Array, Array]:
+    """Energy (eV) and derivative (eV/Å) of one unordered pair; not finite where two atoms coincide."""
+    x = r / length
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        screen = sum(c * np.exp(-b * x) for c, b in _ZBL)
+        screen_slope = sum(-c * b * np.exp(-b * x) for c, b in _ZBL) / length
+        bare = charge / r * screen
+        bare_slope = charge / r * screen_slope - bare / r
+        u = np.clip((r / contact - CORE_INNER) / (CORE_OUTER - CORE_INNER), 0.0, 1.0)
+        switch = 1.0 - u**3 * (10.0 - 15.0 * u + 6.0 * u * u)
+        switch_slope = -30.0 * (u * (1.0 - u)) ** 2 / ((CORE_OUTER - CORE_INNER) * contact)
+        energy: npt.NDArray[np.float64] = bare * switch
+        slope: npt.NDArray[np.float64] = bare_slope * switch + bare * switch_slope
+    return energy, slope
