@@ -52,6 +52,9 @@ class _Target:
 def _targets(address: Address) -> list[_Target]:
     if address.path:
         return [_Target(socket.AF_UNIX, address.path)]
+    if address.host == "localhost":
+        # i-PI and ASE listen in IPv4 only, and some resolvers know localhost in one family only
+        return [_Target(socket.AF_INET, ("127.0.0.1", address.port)), _Target(socket.AF_INET6, ("::1", address.port))]
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except socket.gaierror as problem:
@@ -258,7 +261,11 @@ def dial(address: Address) -> Stream | Dialling:
 def _try(address: Address, targets: Sequence[_Target], code: int) -> Stream | Dialling:
     """Connect to the first target that does not fail at once; `code` is the error of the one before."""
     for index, target in enumerate(targets):
-        sock = socket.socket(target.family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(target.family, socket.SOCK_STREAM)
+        except OSError as problem:  # a machine without IPv6
+            code = code or problem.errno or errno.EAFNOSUPPORT
+            continue
         sock.setblocking(False)
         code = sock.connect_ex(target.where)
         if code == errno.EINPROGRESS:
@@ -357,7 +364,7 @@ class Listener:
 def listen(address: Address, backlog: int = 128) -> Listener:
     """Listen at `address` and at no other: the protocol knows no password, so a tcp host that others can reach is warned about.
 
-    For `localhost` both families are wanted by somebody; listen at `127.0.0.1` and at `::1`. A file left behind by a listener that was
+    `localhost` is `127.0.0.1`; listen at `::1` as well for peers that look there first. A file left behind by a listener that was
     killed is replaced. A unix socket is for the same user only.
 
     Raises:
@@ -367,7 +374,10 @@ def listen(address: Address, backlog: int = 128) -> Listener:
     target = _targets(address)[0]
     if address.path:
         _remove_stale(address)
-    sock = socket.socket(target.family, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(target.family, socket.SOCK_STREAM)
+    except OSError as problem:
+        raise AddressError(str(address), f"this machine does not speak its protocol ({problem.strerror})") from problem
     try:
         if target.family != socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

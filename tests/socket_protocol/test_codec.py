@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -18,6 +18,8 @@ from tumbaga.socket_protocol.states import Role
 
 DRIVER, ENGINE = Role.DRIVER, Role.ENGINE
 LIMITS = Limits()
+# a busy machine is no reason to fail
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CELL = np.array([[10.0, 0.0, 0.0], [1.0, 9.0, 0.0], [2.0, 3.0, 8.0]])  # rows are lattice vectors; no symmetry
 
 
@@ -186,7 +188,7 @@ rows = st.integers(1, 7).flatmap(lambda n: hnp.arrays(np.float64, (n, 3), elemen
 matrices = hnp.arrays(np.float64, (3, 3), elements=st.floats(-1e3, 1e3))
 
 
-@settings(deadline=None)
+@PATIENT
 @given(matrices, rows)
 def test_any_frame_survives_the_wire_bit_for_bit(cell: np.ndarray, positions: np.ndarray) -> None:
     event = PosData(cell, positions)
@@ -194,7 +196,7 @@ def test_any_frame_survives_the_wire_bit_for_bit(cell: np.ndarray, positions: np
     assert same(event, cut(DRIVER, encode(event)) or Exit())
 
 
-@settings(deadline=None)
+@PATIENT
 @given(finite, rows, hnp.arrays(np.float64, (3, 3), elements=finite), st.binary(max_size=40))
 def test_any_result_survives_the_wire_bit_for_bit(energy: float, forces: np.ndarray, virial: np.ndarray, extras: bytes) -> None:
     event = ForceReady(energy, forces, virial, extras)
@@ -202,7 +204,7 @@ def test_any_result_survives_the_wire_bit_for_bit(energy: float, forces: np.ndar
     assert same(event, cut(ENGINE, encode(event)) or Exit())
 
 
-@settings(deadline=None)
+@PATIENT
 @given(st.integers(-(2**31), 2**31 - 1), st.binary(min_size=1, max_size=200).filter(lambda text: b"batch_size" not in text))
 def test_any_init_survives_the_wire(rid: int, text: bytes) -> None:
     assert cut(DRIVER, encode(Init(rid, text))) == Init(rid, text)
