@@ -117,12 +117,28 @@ def pair_distances(frame: Frame, start: int = 0, stop: int | None = None) -> Arr
 
 
 def _squares(frame: Frame, start: int, stop: int) -> Array:
-    vectors = frame.positions[None, :, :] - frame.positions[start:stop, None, :]
-    if frame.periodic:
-        fractional = vectors @ np.linalg.inv(frame.cell)
-        vectors = (fractional - np.round(fractional)) @ frame.cell
-    squares: Array = np.einsum("ijk,ijk->ij", vectors, vectors)
+    squares = _nearest_image_squares(frame, start, stop) if frame.periodic else _open_squares(frame.positions, start, stop)
     squares[np.arange(stop - start), np.arange(start, stop)] = np.inf
+    return squares
+
+
+def _open_squares(positions: Array, start: int, stop: int) -> Array:
+    # one matrix product instead of a table of vectors; centred, or far-away clusters would lose digits
+    centred = positions - positions[0]
+    norms = np.einsum("ij,ij->i", centred, centred)
+    squares: Array = centred[start:stop] @ centred.T
+    squares *= -2.0
+    squares += norms[start:stop, None]
+    squares += norms
+    np.maximum(squares, 0.0, out=squares)
+    return squares
+
+
+def _nearest_image_squares(frame: Frame, start: int, stop: int) -> Array:
+    vectors = (frame.positions[None, :, :] - frame.positions[start:stop, None, :]) @ np.linalg.inv(frame.cell)
+    vectors -= np.round(vectors)
+    vectors = vectors @ frame.cell
+    squares: Array = np.einsum("ijk,ijk->ij", vectors, vectors)
     return squares
 
 
