@@ -67,7 +67,7 @@ class Evaluator:
         started = process.monotonic()
         try:
             answers = self._slot.answer(_frames(message, buffers), message.mixes)
-        except Exception as error:  # a process boundary: the gateway must get an answer, whatever a back end does
+        except Exception as error:  # noqa: BLE001 - a process boundary: the gateway must get an answer, whatever a back end does
             return bus.Evaluated(message.batch, [], [], process.monotonic() - started, f"{type(error).__name__}: {error}"), []
         return _packed(message.batch, answers, process.monotonic() - started)
 

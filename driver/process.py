@@ -113,7 +113,7 @@ def run(process: str, body: Callable[[Path, Lifeline], None]) -> None:
     except DriverError as error:
         print(f"{process}: {error}", file=sys.stderr)  # noqa: T201 - the supervisor reads it
         code = EXIT_USER
-    except Exception:
+    except Exception:  # noqa: BLE001 - the process boundary
         traceback.print_exc()
         code = 1
     sys.stderr.flush()

@@ -10,10 +10,10 @@ import numpy as np
 
 from tumbaga.online import versions
 from tumbaga.online.errors import VersionError
-from tumbaga.online.last_layer import prior_covariance
+from tumbaga.online.last_layer import fit
 from tumbaga.online.ports import Potential, Trainable
 from tumbaga.online.records import Array, Frame, Prediction
-from tumbaga.online.uncertainty import AtomScore
+from tumbaga.online.uncertainty import AtomScore, species_index
 
 BASE = 0
 Mix = tuple[int, int, float]
@@ -48,7 +48,9 @@ class Slot:
         self._scores: dict[int, AtomScore] = {}
         self._covariances: dict[int, Array] = {}
         if self._trainable is not None:
-            self._put(BASE, self._trainable.readout(), prior_covariance(self._trainable.spec.n_columns, self._trainable.spec.mean_h2))
+            own = self._trainable.readout()
+            # no label yet: the prior alone says how unsure the readout is
+            self._put(BASE, own, fit([], own, mean_h2=self._trainable.spec.mean_h2 or 1.0).covariance)
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -75,10 +77,8 @@ class Slot:
             del self._readouts[old], self._scores[old], self._covariances[old]
 
     def _put(self, version: int, readout: Array, covariance: Array) -> None:
-        spec = self.potential.spec
-        blocks = covariance.reshape(len(spec.elements), spec.n_hidden, len(spec.elements), spec.n_hidden)
-        own = np.stack([blocks[z, :, z, :] for z in range(len(spec.elements))])
-        self._readouts[version], self._scores[version], self._covariances[version] = readout, AtomScore(own), covariance
+        self._readouts[version], self._covariances[version] = readout, covariance
+        self._scores[version] = AtomScore(covariance, len(self.potential.spec.elements))
 
     def answer(self, frames: Sequence[Frame], mixes: Sequence[Mix]) -> list[Answer]:
         """Evaluate frames as one batch, each under its own mix of versions.
@@ -96,7 +96,7 @@ class Slot:
         features, old, new = prediction.features, mix[0], mix[1]
         if features is None:
             return Answer(prediction, 0.0, np.full(len(frame), np.nan))
-        elements = np.searchsorted(np.asarray(self.potential.spec.elements), frame.numbers)
+        elements = species_index(frame.numbers, self.potential.spec.elements)
         step = 0.0
         if old != new:
             change = (self._readouts[new] - self._readouts[old]).reshape(-1, self.potential.spec.n_hidden)

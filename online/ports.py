@@ -85,8 +85,8 @@ class Trainable(Potential, Protocol):
     def force_rows(self, frame: Frame) -> ForceRows:
         """The linear model of one frame; exact to the arithmetic of the back end."""
 
-    def state(self) -> Mapping[str, np.ndarray]:
-        """All tensors, for a version file (safetensors)."""
+    def state(self, readout: Array | None = None) -> Mapping[str, np.ndarray]:
+        """All tensors, for a version file (safetensors); with this readout, shape (n_columns,), eV, in place of its own if one is given."""
 
 
 class Labeller(Protocol):

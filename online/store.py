@@ -37,7 +37,7 @@ CREATE TABLE queue (
 CREATE INDEX queue_state ON queue (state);
 CREATE TABLE tasks (
   id INTEGER PRIMARY KEY AUTOINCREMENT, frame INTEGER NOT NULL REFERENCES frames, worker TEXT NOT NULL, pid INTEGER NOT NULL,
-  state TEXT NOT NULL CHECK (state IN ('running', 'done', 'failed', 'lost')), started REAL NOT NULL, ended REAL);
+  state TEXT NOT NULL CHECK (state IN ('running', 'done', 'failed', 'lost', 'stopped')), started REAL NOT NULL, ended REAL);
 CREATE TABLE labels (
   id INTEGER PRIMARY KEY, frame INTEGER NOT NULL REFERENCES frames, method TEXT NOT NULL, energy REAL NOT NULL, forces BLOB NOT NULL,
   seconds REAL NOT NULL, details TEXT NOT NULL, created REAL NOT NULL, UNIQUE (frame, method));
@@ -236,6 +236,12 @@ class Store:
             self._fail(row[0], task, f"the label worker died {tried} times on this frame")
             return False
 
+    def release_running(self) -> None:
+        """An orderly stop: what was running waits again, and it does not count as an attempt."""
+        with self._write():
+            self._db.execute("UPDATE queue SET state = 'pending' WHERE state = 'running'")
+            self._db.execute("UPDATE tasks SET state = 'stopped', ended = ? WHERE state = 'running'", (self._clock(),))
+
     # -- labels ----------------------------------------------------------------------------------------------------------------------
 
     def add_label(self, task: int, label: Label) -> bool:
@@ -299,6 +305,27 @@ class Store:
             "flags": int(self._db.execute("SELECT COUNT(*) FROM flags").fetchone()[0]),
         }
 
+    def role(self, frame_id: int) -> Role:
+        """What the label of a queued frame is used for."""
+        return Role(self._queue_value("role", frame_id))
+
+    def reason(self, frame_id: int) -> Reason:
+        """Why a queued frame was picked."""
+        return Reason(self._queue_value("reason", frame_id))
+
+    def _queue_value(self, column: str, frame_id: int) -> str:
+        row = self._db.execute(f"SELECT {column} FROM queue WHERE frame = ?", (frame_id,)).fetchone()
+        if row is None:
+            raise StoreError(str(self._path), f"has no queued frame {frame_id}")
+        return str(row[0])
+
+    def count_reason(self, reason: Reason) -> int:
+        """How many frames were accepted for a label for this reason (failed and dropped ones not counted)."""
+        row = self._db.execute(
+            "SELECT COUNT(*) FROM queue WHERE reason = ? AND state IN ('pending', 'running', 'labelled')", (reason.value,)
+        ).fetchone()
+        return int(row[0])
+
     def queued_by_role(self) -> dict[Role, int]:
         """How many frames have ever been accepted for a label, by role (failed and dropped ones not counted)."""
         rows = self._db.execute("SELECT role, COUNT(*) FROM queue WHERE state IN ('pending', 'running', 'labelled') GROUP BY role").fetchall()
@@ -331,7 +358,7 @@ class Store:
     def versions(self) -> list[StoredVersion]:
         """All versions by number."""
         rows = self._db.execute("SELECT number, hash, parent, file, state, labels, metrics FROM versions ORDER BY number")
-        return [StoredVersion(*row, json.loads(metrics)) for *row, metrics in rows]
+        return [StoredVersion(r[0], r[1], r[2], r[3], r[4], r[5], json.loads(r[6])) for r in rows]
 
     def add_event(self, kind: str, **detail: object) -> None:
         """Record that something happened; the detail is JSON-compatible."""

@@ -87,7 +87,7 @@ class NotANumber(LennardJones):
 
 
 _Toy = Zero | LennardJones
-_TOYS: dict[str, tuple[Callable[..., _Toy], dict[str, type[float] | type[int]]]] = {
+_TOYS: dict[str, tuple[Callable[..., _Toy], dict[str, type[float | int]]]] = {
     "zero": (Zero, {}),
     "lj": (LennardJones, {"epsilon": float, "sigma": float}),
     "nan": (NotANumber, {"after": int, "every": int}),

@@ -1,0 +1,266 @@
+"""The learner process: joins the learner to the bus, the label workers and the version files. It may lag or die: the simulation goes on.
+
+On SIGUSR1 it drains: no new label is started, running ones are waited for by the supervisor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+
+from tumbaga.driver import config as configs
+from tumbaga.driver import process
+from tumbaga.driver.backends import registry
+from tumbaga.driver.errors import PotentialError
+from tumbaga.online import selection, spool, versions
+from tumbaga.online.labels.factory import make_labeller
+from tumbaga.online.learner import Learner, Proposal, rmse_text
+from tumbaga.online.ports import Trainable
+from tumbaga.online.records import Frame, Reason, Role
+from tumbaga.online.store import FILE, Store, StoredVersion
+from tumbaga.online.versions import LastLayer
+from tumbaga.socket_protocol import bus
+
+_BEAT_S = 0.5
+_CANDIDATES_A_TURN = 1  # each costs force rows: labels and workers must not wait behind many
+
+
+class LearnerProcess:
+    """Carries out what the learner decides.
+
+    Args:
+        run_dir: the run directory.
+        settings: of the run.
+        context: zmq.
+        reporter: to the supervisor.
+    """
+
+    def __init__(
+        self, run_dir: Path, settings: configs.Config, context: zmq.Context[zmq.Socket[bytes]], reporter: process.Reporter
+    ) -> None:
+        self._run_dir, self._settings, self._reporter = run_dir, settings, reporter
+        self._potential = _trainable(settings.potential)
+        self._store = Store(run_dir / FILE)
+        limits = selection.Limits(settings.flag.force_error, settings.label.budget)
+        method = make_labeller(settings.label.method, **settings.label.options).method
+        self._learner = Learner(self._potential, self._store, limits, method)
+        self._version, self._path = 0, ""
+        self._held_back: versions.VersionFile | None = None
+        self._resume()
+        self._busy: dict[str, bus.WorkerBusy] = {}
+        self.draining = False
+        self._due = 0.0
+        self.gateway = bus.Endpoint(context, zmq.DEALER, bus.LEARNER, bind=False, identity=bus.LEARNER)
+        self.workers = bus.Endpoint(context, zmq.ROUTER, bus.LABELS, bind=True)
+
+    def _resume(self) -> None:
+        """Serve what served last, and learn what arrived since."""
+        known = self._store.versions()
+        if not known:
+            self._add_base()
+            return
+        served = [v for v in known if v.state != "refused" and v.number > 0]
+        if served:
+            layer = versions.read(self._run_dir / served[-1].file)
+            self._version, self._path = served[-1].number, served[-1].file
+            self._learner.serve(layer.readout, layer.covariance)
+
+    def _add_base(self) -> None:
+        """Version 0: what the run started with, whole, so that the run directory can be copied elsewhere."""
+        layer = LastLayer(self._learner.readout, self._learner.covariance, {"parent": None, "labels": 0})
+        file = versions.write(self._run_dir, 0, self._potential.state(), layer, {"model": self._settings.potential.model})
+        self._store.add_version(StoredVersion(0, file.hash, None, file.path, "served", 0, {}))
+
+    # -- messages --------------------------------------------------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """Handle what waits: results first, then workers, then a few candidates."""
+        self._ingest()
+        while (received := self.workers.receive()) is not None:
+            self._worker_message(received[0], received[1])
+        for _ in range(_CANDIDATES_A_TURN):
+            received = self.gateway.receive()
+            if received is not None:
+                self._gateway_message(received[1], received[2])
+        if process.monotonic() >= self._due:
+            self._due = process.monotonic() + _BEAT_S
+            self._tell_gateway()
+            self._report()
+
+    def _gateway_message(self, message: bus.AnyMessage, buffers: list[bytes]) -> None:
+        if isinstance(message, bus.Candidate):
+            self._candidate(message, buffers)
+        elif isinstance(message, bus.NowServing):
+            self._now_serving(message)
+
+    def _candidate(self, message: bus.Candidate, buffers: list[bytes]) -> None:
+        numbers = bus.array(buffers[0], np.int64, (-1,))
+        positions, forces = bus.array(buffers[1], np.float64, (-1, 3)), bus.array(buffers[3], np.float64, (-1, 3))
+        frame = Frame(numbers, positions, bus.array(buffers[2], np.float64, (3, 3)), message.periodic)
+        known = self._learner.scale.known
+        self._learner.candidate(
+            frame,
+            session=message.session,
+            step=message.step,
+            reason=Reason(message.reason),
+            score=message.score,
+            lpr=message.lpr,
+            version=message.version,
+            energy=message.energy,
+            forces=forces,
+        )
+        if not known:
+            self._tell_gateway()
+
+    def _now_serving(self, message: bus.NowServing) -> None:
+        if message.error:
+            self._store.set_version_state(message.version, "refused")
+            self._reporter.log("error", "version refused", version=message.version, error=message.error)
+        elif message.version:
+            self._store.set_version_state(message.version, "served")
+            self._store.add_event("swap", version=message.version)
+
+    def _worker_message(self, sender: str, message: bus.AnyMessage) -> None:
+        if isinstance(message, bus.WorkerBusy):
+            self._busy[message.name] = message
+        elif isinstance(message, bus.WorkerIdle):
+            self._busy.pop(message.name, None)
+            self._idle(sender, message)
+
+    def _idle(self, sender: str, worker: bus.WorkerIdle) -> None:
+        """Find out what became of this worker's last task, then give it a new one."""
+        self._ingest()
+        for task in self._store.running():
+            if task.worker != worker.name:
+                continue
+            if task.pid == worker.pid and worker.seen < task.task:
+                return  # it is on its way to the worker
+            # a label that ended is in the spool, and thereby no longer running: this one died with its worker
+            again = self._store.task_lost(task.task, self._settings.label.attempts)
+            self._reporter.log("warning", "label lost", frame=task.frame, again=again)
+        chosen = None if self.draining else self._learner.next_frame()
+        if chosen is not None:
+            frame = self._store.frame(chosen.frame)
+            number = self._store.start_task(chosen.frame, worker.name, worker.pid)
+            task_message = bus.Task(number, chosen.frame, frame.key, frame.periodic)
+            self.workers.send(task_message, [frame.numbers, frame.positions, frame.cell], to=sender)
+
+    def close(self) -> None:
+        """Leave in order: what is in the spool is stored, what was not finished waits again and is no failure."""
+        self._ingest()
+        self._store.release_running()
+        self._report()
+        self._store.close()
+
+    # -- labels and versions ---------------------------------------------------------------------------------------------------------
+
+    def _ingest(self) -> None:
+        """Store every result in the spool, then learn from the new training labels."""
+        learnt = False
+        for path, result in list(spool.waiting(self._run_dir)):
+            if result is None:
+                path.rename(path.with_suffix(".unreadable"))
+                self._reporter.log("error", "unreadable result", file=str(path))
+                continue
+            learnt |= self._take(result)
+            path.unlink()
+        if learnt:
+            self._update()
+
+    def _take(self, result: spool.Result) -> bool:
+        """Store one result; True if there is something new to learn from."""
+        if result.label is None:
+            self._store.add_failure(result.task, result.failure)
+            self._reporter.log("warning", "label failed", frame=result.frame, reason=result.failure)
+            return False
+        if not self._learner.label(result.task, result.frame, result.label):
+            return False
+        return self._store.role(result.frame) is Role.TRAIN
+
+    def _update(self) -> None:
+        started = process.monotonic()
+        proposal = self._learner.update()
+        if not isinstance(proposal, Proposal):
+            self._reporter.log("warning", "update refused", reason=proposal.reason, **proposal.metrics)
+            self._store.add_event("update refused", reason=proposal.reason, **proposal.metrics)
+            return
+        number = max(v.number for v in self._store.versions()) + 1
+        layer = LastLayer(proposal.readout, proposal.covariance, {"parent": self._version, **proposal.metrics})
+        state = self._potential.state(proposal.readout)
+        file = versions.write(self._run_dir, number, state, layer, {"model": self._settings.potential.model})
+        self._store.add_version(
+            StoredVersion(number, file.hash, self._version, file.path, "accepted", self._learner.n_labels, proposal.metrics)
+        )
+        self._version, self._path = number, file.path
+        self._learner.serve(proposal.readout, proposal.covariance)
+        self._note_serving()
+        self._tell_gateway()
+        ms = round(1000 * (process.monotonic() - started), 1)
+        self._reporter.log("info", "update", version=number, ms=ms, **proposal.metrics)
+
+    def _note_serving(self) -> None:
+        """On disk for a gateway that starts later, without the learner."""
+        told = {"version": self._version, "path": self._path, "lpr_scale": self._scale(), "quantile": self._learner.quantile.q}
+        versions.write_whole(self._run_dir / versions.FOLDER / versions.SERVING, json.dumps(told).encode())
+
+    def _scale(self) -> float | None:
+        return self._learner.scale.sigma(1.0) if self._learner.scale.known else None
+
+    def _tell_gateway(self) -> None:
+        self.gateway.send(bus.Serve(self._version, self._path, self._scale(), self._learner.quantile.q))
+
+    def _report(self) -> None:
+        counts = self._store.counts()
+        errors = self._learner.errors(self._learner.readout)
+        state: dict[str, Any] = {
+            "labels": {key: counts[key] for key in ("pending", "running", "converged", "failed")},
+            "dropped": counts["dropped"],
+            "flags": counts["flags"],
+            "versions": len(self._store.versions()),
+            "version": self._version,
+            "quantile": self._learner.quantile.q,
+            "errors": errors,
+            "errors_text": rmse_text(errors, ["holdout_rmse_base", "holdout_rmse"]),
+            "workers": {name: {"task": busy.task, "seconds": round(busy.seconds, 1)} for name, busy in self._busy.items()},
+            "draining": self.draining,
+        }
+        self._reporter.state(**state)
+
+
+def _trainable(settings: configs.Potential) -> Trainable:
+    potential = registry.load(settings.model, "cpu", settings.dtype)
+    if not (isinstance(potential, Trainable) and potential.spec.n_hidden):
+        raise PotentialError(settings.model, "cannot learn, it has no linear readout; serve it with --no-learn (learn.enabled = false)")
+    return potential
+
+
+def main(run_dir: Path, lifeline: process.Lifeline) -> None:
+    """Learn until told to leave."""
+    os.nice(5)  # the simulation comes first
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    reporter = process.Reporter(context, "learner")
+    learner = LearnerProcess(run_dir, configs.load(run_dir), context, reporter)
+
+    def drain(*_: object) -> None:
+        learner.draining = True
+
+    signal.signal(signal.SIGUSR1, drain)
+    poller = zmq.Poller()
+    for watched in (learner.gateway.socket, learner.workers.socket, lifeline.fileno()):
+        poller.register(watched, zmq.POLLIN)
+    reporter.log("info", "ready", pid=os.getpid())
+    while not lifeline.cut_off:
+        poller.poll(int(1000 * _BEAT_S))
+        learner.turn()
+    learner.close()
+    reporter.close()
+
+
+if __name__ == "__main__":
+    process.run("learner", main)

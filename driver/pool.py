@@ -1,0 +1,199 @@
+"""The evaluators as the gateway sees them: who is free, who holds which version, and which frames are out. No frame is ever forgotten.
+
+A frame given to an evaluator comes back as an answer, or, when that evaluator dies, as work for the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from tumbaga.online.records import Array, Frame, Prediction
+from tumbaga.socket_protocol import bus
+
+Mix = tuple[int, int, float]
+MAX_CRASHES = 3  # evaluators that one frame may take down before it is given back
+
+
+@dataclass(eq=False)
+class Job:
+    """One frame that waits for its force.
+
+    Attributes:
+        session: name of the session that asked.
+        ticket: number that the session gave it; answers to an old ticket are for nobody.
+        frame: the frame.
+        mix: versions to serve it with.
+        crashes: evaluators that died with it.
+        second: whether it is tried again, with another version, because the first answer was not fit to serve.
+    """
+
+    session: str
+    ticket: int
+    frame: Frame
+    mix: Mix
+    crashes: int = 0
+    second: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The answer to one job, or the reason why there is none."""
+
+    job: Job
+    prediction: Prediction | None
+    step: float = 0.0
+    lpr: Array = field(default_factory=lambda: np.zeros(0))
+    error: str = ""
+
+
+class Channel(Protocol):
+    """What the pool needs of the bus endpoint."""
+
+    def send(self, message: bus.AnyMessage, buffers: Sequence[np.ndarray] = (), to: str = "") -> bool:
+        """Send at once or not at all."""
+
+
+@dataclass(eq=False)
+class _Evaluator:
+    pid: int
+    held: set[int] = field(default_factory=lambda: {0})
+    batch: int = 0
+    jobs: list[Job] = field(default_factory=list)
+    since: float = 0.0
+
+
+class Pool:
+    """Hands batches to evaluators.
+
+    Args:
+        channel: ROUTER to the evaluators.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, channel: Channel, clock: Callable[[], float]) -> None:
+        self._channel, self._clock = channel, clock
+        self._evaluators: dict[str, _Evaluator] = {}
+        self._waiting: list[Job] = []
+        self._batches = 0
+        self._paths: dict[int, str] = {}
+        self.restarts = 0
+        self.batches_done = 0
+
+    # -- versions --------------------------------------------------------------------------------------------------------------------
+
+    def require(self, version: int, path: str, in_use: set[int]) -> None:
+        """See to it that every evaluator, now and later, holds this version; versions outside `in_use` may be let go."""
+        self._paths = {v: p for v, p in self._paths.items() if v in in_use} | {version: path}
+        for name, evaluator in self._evaluators.items():
+            self._load(name, evaluator, version)
+
+    def _load(self, name: str, evaluator: _Evaluator, version: int) -> None:
+        self._channel.send(bus.Load(version, self._paths[version], tuple(self._paths)), to=name)
+
+    def loaded(self, name: str, message: bus.Loaded) -> None:
+        """An evaluator has answered to a Load."""
+        if message.error:
+            self._paths.pop(message.version, None)
+        elif name in self._evaluators:
+            self._evaluators[name].held.add(message.version)
+
+    def holds(self, version: int) -> bool:
+        """Whether all evaluators that are there hold a version."""
+        return bool(self._evaluators) and all(version in evaluator.held for evaluator in self._evaluators.values())
+
+    @property
+    def ready_to_serve(self) -> bool:
+        """Whether an evaluator has ever been here."""
+        return bool(self._evaluators)
+
+    # -- work ------------------------------------------------------------------------------------------------------------------------
+
+    def ready(self, name: str, message: bus.EvaluatorReady) -> list[Outcome]:
+        """An evaluator says that it is there. If it is a new process of a known name, its predecessor's frames wait again.
+
+        Returns:
+            Outcomes with an error for frames that took down too many evaluators.
+        """
+        known = self._evaluators.get(name)
+        lost: list[Job] = []
+        if known is not None and known.pid == message.pid:
+            # the same process: it speaks in order, so an answer to what it has seen has already been here
+            if known.jobs and message.seen >= known.batch:
+                lost, known.jobs = known.jobs, []
+        else:
+            if known is not None:
+                self.restarts += 1
+                lost = known.jobs
+            self._evaluators[name] = fresh = _Evaluator(message.pid)
+            for version in self._paths:
+                self._load(name, fresh, version)
+        return self._again(lost)
+
+    def _again(self, lost: list[Job]) -> list[Outcome]:
+        for job in lost:
+            job.crashes += 1
+        self._waiting[:0] = [job for job in lost if job.crashes < MAX_CRASHES]
+        sentence = f"the evaluator died {MAX_CRASHES} times on this frame"
+        return [Outcome(job, None, error=sentence) for job in lost if job.crashes >= MAX_CRASHES]
+
+    def add(self, job: Job) -> None:
+        """Take one frame; `dispatch` sends it off."""
+        self._waiting.append(job)
+
+    def forget(self, session: str) -> None:
+        """A session is gone: nothing of it needs to be computed any more."""
+        self._waiting = [job for job in self._waiting if job.session != session]
+
+    def dispatch(self) -> None:
+        """Give everything that waits, as one ragged batch, to a free evaluator, if there is one."""
+        for name, evaluator in self._evaluators.items():
+            if not self._waiting:
+                return
+            if not evaluator.jobs and self._send(name, evaluator):
+                self._waiting = []
+
+    def _send(self, name: str, evaluator: _Evaluator) -> bool:
+        jobs = self._waiting
+        self._batches += 1
+        # a version that this evaluator does not hold yet (it was just restarted) is queued for it ahead of this batch
+        frames = [job.frame for job in jobs]
+        message = bus.Evaluate(self._batches, [len(f) for f in frames], [f.periodic for f in frames], [job.mix for job in jobs])
+        buffers = [
+            np.concatenate([f.numbers for f in frames]),
+            np.concatenate([f.positions for f in frames]),
+            np.stack([f.cell for f in frames]),
+        ]
+        if not self._channel.send(message, buffers, to=name):
+            return False
+        evaluator.batch, evaluator.jobs, evaluator.since = self._batches, jobs, self._clock()
+        return True
+
+    def done(self, name: str, message: bus.Evaluated, buffers: list[bytes]) -> list[Outcome]:
+        """Take an evaluator's answer; returns one outcome a frame, none for an answer that nobody waits for."""
+        evaluator = self._evaluators.get(name)
+        if evaluator is None or message.batch != evaluator.batch or not evaluator.jobs:
+            return []
+        jobs, evaluator.jobs = evaluator.jobs, []
+        self.batches_done += 1
+        if message.error:
+            return [Outcome(job, None, error=message.error) for job in jobs]
+        total = sum(len(job.frame) for job in jobs)
+        forces = bus.array(buffers[0], np.float64, (total, 3))
+        virials = bus.array(buffers[1], np.float64, (len(jobs), 3, 3))
+        lpr = bus.array(buffers[2], np.float64, (total,))
+        ends = np.cumsum([len(job.frame) for job in jobs])
+        outcomes = []
+        for i, (job, end) in enumerate(zip(jobs, ends, strict=True)):
+            rows = slice(end - len(job.frame), end)
+            prediction = Prediction(message.energies[i], forces[rows], virials[i])
+            outcomes.append(Outcome(job, prediction, message.steps[i], lpr[rows]))
+        return outcomes
+
+    def busy_since(self) -> dict[int, float]:
+        """Seconds that each busy evaluator has been at its batch, by process id: how the supervisor finds a hung one."""
+        now = self._clock()
+        return {evaluator.pid: now - evaluator.since for evaluator in self._evaluators.values() if evaluator.jobs}

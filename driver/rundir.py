@@ -1,0 +1,97 @@
+"""The run directory: what lies where, who holds it, and its status file. Copy it elsewhere and everything is still there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tumbaga.driver.errors import RunDirError
+from tumbaga.online.versions import write_whole
+from tumbaga.socket_protocol import bus
+
+LOCK, STATUS = "lock", "status.json"
+
+
+class RunDir:
+    """A run directory.
+
+    Args:
+        path: the folder; made by `hold` when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._lock: int | None = None
+
+    # -- who holds it ----------------------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Make the folder and hold it for this process until it ends.
+
+        Raises:
+            RunDirError: another process holds it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            bus.make_folder(self.path)
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise RunDirError(str(self.path), f"cannot be made or written ({error.strerror}); choose another with --run-dir") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            holder = self.holder()
+            raise RunDirError(
+                str(self.path), f"is in use by process {holder}; stop that run first (tumbaga stop {self.path}) or choose another folder"
+            ) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        os.set_inheritable(lock, False)
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let it go."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def holder(self) -> int | None:
+        """The process that holds the folder now, None if nobody does."""
+        try:
+            lock = os.open(self.path / LOCK, os.O_RDWR)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return int(os.pread(lock, 32, 0) or b"0") or None
+        finally:
+            os.close(lock)
+        return None
+
+    # -- its status ------------------------------------------------------------------------------------------------------------------
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replace the status file."""
+        write_whole(self.path / STATUS, json.dumps(status, indent=1).encode())
+
+    def read_status(self) -> dict[str, Any]:
+        """Read the status file; a run that is gone without saying so is "died".
+
+        Raises:
+            RunDirError: there is none.
+        """
+        try:
+            status: dict[str, Any] = json.loads((self.path / STATUS).read_text())
+        except FileNotFoundError as error:
+            raise RunDirError(str(self.path), "has no status yet; is it a run directory of tumbaga?") from error
+        except (OSError, ValueError) as error:
+            raise RunDirError(str(self.path), f"has a status that cannot be read ({error})") from error
+        if status.get("state") in ("starting", "running", "stopping") and self.holder() is None:
+            status["state"] = "died"
+            status.setdefault("errors", []).append("the supervisor ended without a word; start the run again to go on")
+        return status

@@ -1,0 +1,319 @@
+"""The supervisor: starts, watches and restarts the processes of a run, keeps its status file and logs, and stops everything in order.
+
+Order of starting: 1 gateway, 2 evaluator, 3 learner, 4 label workers, 5 engine. Order of stopping: engine, label workers, learner,
+evaluator, gateway: whoever may still send something goes before whoever receives it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from tumbaga.driver import config as configs
+from tumbaga.driver import process
+from tumbaga.driver.children import Child
+from tumbaga.driver.engines import FOLDER, Engine
+from tumbaga.driver.errors import DriverError
+from tumbaga.driver.gateway import TEMPLATE
+from tumbaga.driver.rundir import RunDir
+from tumbaga.driver.structures import read_frame
+from tumbaga.online.versions import write_whole
+from tumbaga.socket_protocol import bus
+
+_TICK_MS = 100
+_STATUS_S = 0.5
+_HUNG_S = 600.0  # an evaluator that is at one batch for so long is killed
+_DRAIN_S = 180.0  # how long the end of a run waits for labels that are under way
+_PATIENCE = {"engine": 30.0, "label": 5.0, "other": 10.0}
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+class Supervisor:
+    """One run.
+
+    Args:
+        run_dir: held by this process.
+        settings: of the run; a frozen copy is written.
+        engine: to start as well, or None when engines come by themselves.
+        observe: called with the status about twice a second.
+    """
+
+    def __init__(self, run_dir: RunDir, settings: configs.Config, engine: Engine | None = None, observe: Observer | None = None) -> None:
+        self._run_dir, self._path, self._settings, self._engine = run_dir, run_dir.path, settings, engine
+        self._observe = observe or (lambda status: None)
+        self._children = _children(self._path, settings)
+        self._engine_process: subprocess.Popen[bytes] | None = None
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._loggers: dict[str, Any] = {}
+        self._stops = 0
+        self._state = "starting"
+        self._errors: list[str] = []
+        self._began = self._next_status = process.monotonic()
+        self._engine_seconds = 0.0
+
+    # -- life ------------------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Run until the engine ends, a signal comes or nothing can be saved any more; returns the last status."""
+        os.chdir(self._path)
+        self._prepare()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._inbox = bus.Endpoint(context, zmq.PULL, bus.SUPERVISOR, bind=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._asked_to_stop)
+        try:
+            for child in self._children:
+                child.start()
+            self._loop()
+            self._drain()
+        finally:
+            self._stop()
+            self._inbox.close()
+            context.term()
+        return self.status()
+
+    def _prepare(self) -> None:
+        write_whole(self._path / configs.FILE, configs.dumps(self._settings).encode())
+        frame = read_frame(self._settings.potential.template)
+        write_whole(self._path / TEMPLATE, json.dumps({"numbers": frame.numbers.tolist()}).encode())
+
+    def _asked_to_stop(self, *_: object) -> None:
+        self._stops += 1
+
+    def _loop(self) -> None:
+        started = False
+        while not self._stops:
+            self._listen()
+            fault = next((fault for child in self._children if (fault := self._watch(child))), "")
+            if fault:
+                self._fail(fault)
+                return
+            if not started and self._ready():
+                started, self._state = True, "running"
+                self._start_engine()
+            if self._engine_ended() or self._given_up():
+                return
+            self._tick()
+
+    def _watch(self, child: Child) -> str:
+        died = child.died_with()
+        if died is not None:
+            self._log(child.name, "warning", "process died", code=died)
+        return child.watch()
+
+    def _ready(self) -> bool:
+        """Whether the gateway has an evaluator; engines that tumbaga starts need not wait for it then."""
+        return bool(self._reports.get("gateway", {}).get("ready"))
+
+    def _given_up(self) -> bool:
+        """All sessions were given up: nothing more will happen."""
+        sessions = self._reports.get("gateway", {}).get("sessions", [])
+        if not sessions or any(session["state"] != "given up" for session in sessions):
+            return False
+        self._fail("every session was given up: " + "; ".join(self._reports["gateway"]["errors"][-2:]))
+        return True
+
+    def _fail(self, sentence: str) -> None:
+        self._state = "failed"
+        self._errors.append(sentence)
+
+    # -- the engine ------------------------------------------------------------------------------------------------------------------
+
+    def _start_engine(self) -> None:
+        if self._engine is None:
+            return
+        command = self._engine.prepare(self._path)
+        with open(self._path / process.LOGS / "engine.log", "ab") as log:
+            self._engine_process = subprocess.Popen(
+                command, cwd=self._path / FOLDER, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._began = process.monotonic()
+        self._log("supervisor", "info", "engine started", engine=self._engine.name, pid=self._engine_process.pid)
+
+    def _engine_ended(self) -> bool:
+        if self._engine is None or self._engine_process is None or self._engine_process.poll() is None:
+            return False
+        self._engine_seconds = process.monotonic() - self._began
+        if self._engine_process.returncode:
+            text = (self._path / process.LOGS / "engine.log").read_text(errors="replace").strip().splitlines()
+            self._fail(f"{self._engine.name} ended with code {self._engine_process.returncode}; its last words: {text[-1] if text else '(none)'}")
+        return True
+
+    # -- the end ---------------------------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """The engine is done: no new labels, but those under way were paid for and are waited for."""
+        learner = next((child for child in self._children if child.name == "learner"), None)
+        if learner is None or self._stops or self._state == "failed":
+            return
+        self._state = "finishing labels"
+        learner.signal(signal.SIGUSR1)
+        until = process.monotonic() + min(_DRAIN_S, self._settings.label.time_limit)
+        drained = False
+        while not self._stops and not drained and process.monotonic() < until:
+            self._listen()
+            for child in self._children:
+                self._watch(child)
+            report = self._reports.get("learner", {})
+            drained = bool(report.get("draining")) and not report["labels"]["running"] and self._caught_up(report)
+            self._tick()
+
+    def _caught_up(self, report: dict[str, Any]) -> bool:
+        """Whether the newest version has reached the gateway."""
+        return bool(self._reports.get("gateway", {}).get("serving_version") == report["version"])
+
+    def _stop(self) -> None:
+        if self._state in ("running", "starting"):
+            self._state = "stopping"
+        self._tick(force=True)
+        self._stop_engine()
+        for child in reversed(self._children):
+            child.stop(_PATIENCE["label" if child.name.startswith("label") else "other"] if self._stops < 2 else 0.1)
+            self._listen()
+        self._state = self._last_state()
+        self._tick(force=True)
+
+    def _last_state(self) -> str:
+        if self._state == "failed":
+            return "failed"
+        return "stopped" if self._stops else "finished"
+
+    def _stop_engine(self) -> None:
+        running = self._engine_process
+        if running is None or running.poll() is not None:
+            return
+        running.send_signal(signal.SIGTERM)  # i-PI writes RESTART on this
+        try:
+            running.wait(_PATIENCE["engine"])
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+        self._engine_seconds = process.monotonic() - self._began
+
+    # -- reports ---------------------------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        self._inbox.socket.poll(_TICK_MS)
+        while True:
+            try:
+                received = self._inbox.receive()
+            except msgspec.DecodeError as error:
+                self._log("supervisor", "error", "unreadable message", error=str(error))
+                continue
+            if received is None:
+                return
+            message = received[1]
+            if isinstance(message, bus.Report):
+                self._reports[message.process] = message.state
+                if message.process == "gateway":
+                    self._kill_hung(message.state.get("busy", {}))
+            elif isinstance(message, bus.LogLine):
+                self._log(message.process, message.level, message.event, **message.detail)
+
+    def _kill_hung(self, busy: dict[str, float]) -> None:
+        for child in self._children:
+            if child.pid is not None and busy.get(str(child.pid), 0.0) > _HUNG_S:
+                self._log(child.name, "error", "hung", seconds=busy[str(child.pid)])
+                child.signal(signal.SIGKILL)
+
+    def _log(self, name: str, level: str, event: str, **detail: Any) -> None:
+        if name not in self._loggers:
+            self._loggers[name] = process.log_to_file(self._path, name)
+        detail.pop("level", None)
+        getattr(self._loggers[name], level if level in ("info", "warning", "error") else "info")(event, **detail)
+
+    def _tick(self, *, force: bool = False) -> None:
+        if not force and process.monotonic() < self._next_status:
+            return
+        self._next_status = process.monotonic() + _STATUS_S
+        status = self.status()
+        try:
+            self._run_dir.write_status(status)
+        except OSError as error:  # a full disk must not end the run
+            self._log("supervisor", "error", "status not written", error=str(error))
+        self._observe(status)
+
+    def status(self) -> dict[str, Any]:
+        """The state of the run as one JSON-compatible object."""
+        gateway, learner = self._reports.get("gateway", {}), self._reports.get("learner", {})
+        restarts = {child.name: child.restarts for child in self._children}
+        status: dict[str, Any] = {
+            "state": self._state,
+            "model": self._settings.potential.model,
+            "seconds": round(process.monotonic() - self._began, 1) if not self._engine_seconds else round(self._engine_seconds, 1),
+            "steps": gateway.get("steps", 0),
+            "sessions": gateway.get("sessions", []),
+            "serving_version": gateway.get("serving_version", 0),
+            "versions": learner.get("versions", 1),
+            "labels": learner.get("labels", {"pending": 0, "running": 0, "converged": 0, "failed": 0}),
+            "flags": gateway.get("flags", 0),
+            "swaps": gateway.get("swaps", 0),
+            "refused": gateway.get("refused", 0),
+            "force_calls": gateway.get("force_calls", 0),
+            "call_ms": gateway.get("call_ms", {"p50": 0.0, "p99": 0.0, "max": 0.0}),
+            "uncertainty": gateway.get("uncertainty", {"last": 0.0, "max": 0.0}),
+            "quantile": learner.get("quantile", 2.0),
+            "force_rmse": learner.get("errors", {}),
+            "workers": learner.get("workers", {}),
+            "evaluator_restarts": restarts.get("evaluator-0", 0),
+            "restarts": restarts,
+            "errors": [*self._errors, *gateway.get("errors", [])],
+            "pids": {child.name: child.pid for child in self._children},
+        }
+        if self._engine is not None:
+            progress = self._engine.progress(self._path)
+            status["engine"] = {"name": self._engine.name, "step": progress.step, "temperature": _finite(progress.temperature)}
+            status["engine"] |= {"mean_temperature": _finite(progress.mean_temperature), "finite": progress.finite}
+            if self._engine_process is not None:
+                status["pids"]["engine"] = self._engine_process.pid if self._engine_process.poll() is None else None
+        return status
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 2) if math.isfinite(value) else None
+
+
+def _children(path: Path, settings: configs.Config) -> list[Child]:
+    made = [
+        Child("gateway", "tumbaga.driver.gateway", path, process.monotonic),
+        Child("evaluator-0", "tumbaga.driver.evaluator", path, process.monotonic, ("evaluator-0",)),
+    ]
+    if settings.learn.enabled:
+        made.append(Child("learner", "tumbaga.driver.learner_process", path, process.monotonic))
+        names = [f"label-{i}" for i in range(settings.label.workers)]
+        made += [Child(name, "tumbaga.driver.label_worker", path, process.monotonic, (name,)) for name in names]
+    return made
+
+
+def check(settings: configs.Config) -> None:
+    """Find a user's mistakes before anything is started.
+
+    Raises:
+        DriverError: a sentence about the first one.
+    """
+    from tumbaga.driver.backends import registry
+    from tumbaga.online.errors import OnlineError
+    from tumbaga.online.labels.factory import make_labeller
+    from tumbaga.socket_protocol.errors import TransportError
+    from tumbaga.socket_protocol.streams import Address
+
+    settings.check()
+    registry.weights_file(settings.potential.model)
+    read_frame(settings.potential.template)
+    try:
+        for text in settings.serve.connect:
+            Address.parse(text, settings.serve.prefix)
+        if settings.learn.enabled:
+            make_labeller(settings.label.method, **settings.label.options)
+    except (OnlineError, TransportError) as error:
+        raise DriverError(str(error)) from error

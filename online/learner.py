@@ -1,0 +1,222 @@
+"""The learner: takes flagged frames and labels, keeps the store, and proposes new versions. No sockets, no processes, no back end of its own.
+
+Everything that counts is in the store before anything is done with it, so a learner that dies starts again from there and knows as much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tumbaga.online import last_layer, selection
+from tumbaga.online.calibration import TrackedQuantile, error_ratio
+from tumbaga.online.errors import UpdateRefusedError
+from tumbaga.online.last_layer import Labelled
+from tumbaga.online.ports import ForceRows, Trainable
+from tumbaga.online.records import Array, Frame, Label, Reason, Role
+from tumbaga.online.store import Queued, Store, StoredLabel
+from tumbaga.online.uncertainty import ScoreScale, force_std
+
+_RECENT = 50  # frames whose forces an update may not change too much
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """An update that passed its checks and wants to serve.
+
+    Attributes:
+        readout: new weights, shape (n_columns,), eV.
+        covariance: their posterior covariance, shape (n_columns, n_columns), eV^2.
+        metrics: JSON-compatible numbers for the record: labels used, errors before and after, what the checks said.
+    """
+
+    readout: Array
+    covariance: Array
+    metrics: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An update that must not serve, with the reason and what was measured."""
+
+    reason: str
+    metrics: dict[str, object]
+
+
+class Learner:
+    """One run's learning.
+
+    Args:
+        potential: the base potential; its readout is what all changes are relative to.
+        store: the run's store.
+        limits: threshold, budget and queue.
+        method: the labels' method; labels of other methods in the store are not used.
+        settings: of the last-layer update.
+    """
+
+    def __init__(
+        self,
+        potential: Trainable,
+        store: Store,
+        limits: selection.Limits,
+        method: str,
+        settings: last_layer.Settings | None = None,
+    ) -> None:
+        self._potential, self._store, self._limits, self._method = potential, store, limits, method
+        self._settings = settings or last_layer.Settings()
+        self._base = potential.readout()
+        self._mean_h2 = potential.spec.mean_h2 or None
+        prior = last_layer.fit([], self._base, self._settings, mean_h2=self._mean_h2 or 1.0)
+        self.readout, self.covariance = prior.readout, prior.covariance
+        self._models: dict[int, ForceRows] = {}
+        self._recent: deque[Array] = deque(maxlen=_RECENT)
+        self.sets: dict[Role, list[Labelled]] = {role: [] for role in Role}
+        self.scale = ScoreScale()
+        self.quantile = TrackedQuantile()
+        for stored in store.labels(method):
+            self._learnt(stored)
+
+    # -- versions --------------------------------------------------------------------------------------------------------------------
+
+    def serve(self, readout: Array, covariance: Array) -> None:
+        """A version serves now: scores refer to it, and frames that it made certain leave the queue."""
+        self.readout, self.covariance = readout, covariance
+        self.scale, self.quantile = ScoreScale(), self.quantile.after_swap()
+        waiting = self._store.pending()
+        scores = {q.frame: self._score(self._model(q.frame)) for q in waiting}
+        for frame_id, score in scores.items():
+            self._store.set_priority(frame_id, score)
+        for frame_id in selection.stale(waiting, scores, self._limits):
+            self._store.drop(frame_id, f"an update brought its force uncertainty down to {scores[frame_id]:.3f} eV/Å")
+
+    # -- candidates ------------------------------------------------------------------------------------------------------------------
+
+    def candidate(
+        self, frame: Frame, *, session: str, step: int, reason: Reason, score: float, lpr: float, version: int, energy: float, forces: Array
+    ) -> bool:
+        """Take a frame that the gateway flagged; return whether it was accepted for a label.
+
+        It is on disk when this returns. The score from the last layer only asked for a look: force rows decide.
+
+        Args:
+            frame: the frame.
+            session: which session it is of.
+            step: its number there.
+            reason: why it was flagged.
+            score: the gateway's estimate, eV/Å.
+            lpr: the largest last-layer score behind it.
+            version: what served it.
+            energy: what was served, eV.
+            forces: what was served, shape (n_atoms, 3), eV/Å.
+        """
+        frame_id = self._store.add_flag(
+            frame, session=session, step=step, reason=reason, score=score, version=version, energy=energy, forces=forces
+        )
+        model = self._model(frame_id, frame)
+        self._recent.append(model.rows)
+        exact = float(force_std(model.rows, self.covariance).max())
+        self.scale = self.scale.updated(lpr, exact)
+        exact_score = self.quantile.q * exact
+        waiting = self._store.pending()
+        admission = selection.admit(
+            reason, exact_score, waiting, self._store.queued_by_role(), self._store.count_reason(Reason.AUDIT), self._limits
+        )
+        if admission.replaces is not None:
+            self._drop(admission.replaces, "made room for a more uncertain frame")
+        if admission.role is None:
+            self._models.pop(frame_id, None)
+            return False
+        return self._store.enqueue(frame_id, reason, admission.role, exact_score)
+
+    def _drop(self, frame_id: int, note: str) -> None:
+        self._store.drop(frame_id, note)
+        self._models.pop(frame_id, None)
+
+    def next_frame(self) -> Queued | None:
+        """What should be labelled next."""
+        return selection.next_frame(self._store.pending(), {role: len(found) for role, found in self.sets.items()})
+
+    # -- labels ----------------------------------------------------------------------------------------------------------------------
+
+    def label(self, task: int, frame_id: int, label: Label) -> bool:
+        """Take a label that arrived; False when the frame had one already, or when its method is not this run's."""
+        if not self._store.add_label(task, label) or label.method != self._method:
+            return False
+        frame = self._store.frame(frame_id)
+        role = self._store.role(frame_id)
+        self._calibrate(frame_id, label, audit=self._store.reason(frame_id) is Reason.AUDIT)
+        self._learnt(StoredLabel(frame_id, frame, label, role))
+        return True
+
+    def _calibrate(self, frame_id: int, label: Label, *, audit: bool) -> None:
+        stds = force_std(self._model(frame_id).rows, self.covariance)
+        self.quantile = self.quantile.after(error_ratio(label.forces, self._store.served_forces(frame_id), stds), audit=audit)
+
+    def _learnt(self, stored: StoredLabel) -> None:
+        model = self._model(stored.frame_id, stored.frame)
+        elements = self._potential.spec.elements
+        self.sets[stored.role].append(last_layer.labelled(model, stored.frame, stored.label, self._base, elements))
+        self._models.pop(stored.frame_id, None)
+
+    @property
+    def n_labels(self) -> int:
+        """Labels in hand, of both roles."""
+        return sum(len(found) for found in self.sets.values())
+
+    def update(self) -> Proposal | Refusal:
+        """Fit the readout to all training labels and judge the result; nothing changes until `serve`."""
+        train, held_out = self.sets[Role.TRAIN], self.sets[Role.HOLDOUT]
+        fitted = last_layer.fit(train, self._base, self._settings, mean_h2=self._mean_h2)
+        metrics: dict[str, object] = {"labels": len(train), "held_out": len(held_out), "loo_rmse": _number(fitted.loo_rmse)}
+        try:
+            residual = max(last_layer.largest_residual(train), self._settings.trust_floor)
+            factor = last_layer.trust_region(fitted.readout, self.readout, list(self._recent), residual, self._settings)
+        except UpdateRefusedError as error:
+            return Refusal(str(error), metrics)
+        candidate = self.readout + factor * (fitted.readout - self.readout)
+        verdict = last_layer.accept(fitted, train, held_out, self.readout, candidate, self._settings)
+        metrics |= {
+            "trust": factor,
+            "noise_factor": fitted.noise_factor,
+            "serving_rmse": _number(verdict.serving_rmse),
+            "candidate_rmse": _number(verdict.candidate_rmse),
+            "verdict": verdict.reason,
+            **self.errors(candidate),
+        }
+        return Proposal(candidate, fitted.covariance, metrics) if verdict.accepted else Refusal(verdict.reason, metrics)
+
+    def errors(self, readout: Array) -> dict[str, object]:
+        """Force RMSE (component, eV/Å) of the base and of a readout on training and held-out labels; None where there is no label."""
+        found: dict[str, object] = {}
+        for role, labels in self.sets.items():
+            found[f"{role.value}_rmse_base"] = _number(last_layer.force_rmse(labels, self._base, self._base))
+            found[f"{role.value}_rmse"] = _number(last_layer.force_rmse(labels, readout, self._base))
+        return found
+
+    # -- force rows ------------------------------------------------------------------------------------------------------------------
+
+    def _model(self, frame_id: int, frame: Frame | None = None) -> ForceRows:
+        """Force rows, kept while the frame waits: they are there when the label comes, so that it costs only the solve."""
+        if frame_id not in self._models:
+            self._models[frame_id] = self._potential.force_rows(frame if frame is not None else self._store.frame(frame_id))
+        return self._models[frame_id]
+
+    def _score(self, model: ForceRows) -> float:
+        return self.quantile.q * float(force_std(model.rows, self.covariance).max())
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def rmse_text(metrics: dict[str, object], names: Sequence[str]) -> str:
+    """Errors for people, in meV/Å.
+
+    >>> rmse_text({"a": 0.1, "b": None}, ["a", "b"])
+    '100 → -'
+    """
+    shown = [metrics.get(name) for name in names]
+    return " → ".join(f"{1000 * value:.0f}" if isinstance(value, float) else "-" for value in shown)
