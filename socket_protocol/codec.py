@@ -32,7 +32,20 @@ from tumbaga.socket_protocol.errors import (
     NotFiniteError,
     UnknownHeaderError,
 )
-from tumbaga.socket_protocol.events import Event, Exit, Float64s, ForceReady, GetForce, HaveData, Init, NeedInit, PosData, Ready, Status
+from tumbaga.socket_protocol.events import (
+    Event,
+    Exit,
+    Float64s,
+    ForceReady,
+    GetForce,
+    HaveData,
+    Init,
+    NeedInit,
+    PosData,
+    Ready,
+    Status,
+    all_finite,
+)
 from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.states import Role
 
@@ -251,7 +264,7 @@ def _encode_forceready(event: ForceReady) -> bytes:
 def _check_finite(word: str, *arrays: Float64s) -> None:
     """Refuse NaN and infinity: the last line of defence, because arrays can change after their event was made."""
     for array in arrays:
-        if not np.isfinite(array).all():
+        if not all_finite(array):
             raise EventNotFiniteError(word)
 
 

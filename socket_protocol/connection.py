@@ -26,7 +26,7 @@ from tumbaga.socket_protocol.errors import (
 from tumbaga.socket_protocol.events import Event, Exit, ForceReady, GetForce, Init, PosData, Status
 from tumbaga.socket_protocol.extras import check_extras
 from tumbaga.socket_protocol.init_text import parse_init
-from tumbaga.socket_protocol.states import ANSWER_IN, REQUEST_OF, START, TRANSITIONS, ResultReady, Role, State, Word
+from tumbaga.socket_protocol.states import ANSWER_IN, REQUEST_OF, START, TRANSITIONS, ResultReady, Role, Row, State, Word
 
 __all__ = ["NEED_DATA", "PAUSED", "Connection", "Limits", "Role", "State", "Wait"]
 
@@ -73,7 +73,9 @@ class Connection:
         self._limits = limits
         self._expected_atoms = expected_atoms
         self._table = TRANSITIONS[role]
-        self._state = START[role]
+        self._state: State
+        self._row: Row
+        self._enter(START[role])
         self._eof = False
         self._error: RemoteProtocolError | None = None
         self._buffer = bytearray()
@@ -159,7 +161,7 @@ class Connection:
 
     def _next_request(self) -> Event | Wait:
         """DRIVER: look for the end everywhere first, then take one request if it is its turn."""
-        while self._has_room():
+        while len(self._buffer) >= HEADER and self._has_room():
             event = self._cut()
             if event is None:
                 break
@@ -169,7 +171,7 @@ class Connection:
             self._held.append(event)
         if self._gone or self._eof:
             return self._take(Exit())
-        if self._table[self._state].hold or self._unanswered:
+        if self._row.hold or self._unanswered:
             return PAUSED
         return self._take(self._held.popleft()) if self._held else NEED_DATA
 
@@ -201,14 +203,16 @@ class Connection:
 
     def _take(self, event: Event) -> Event:
         """Make the step of the table that belongs to a received message."""
-        state = self._table[self._state].receive.get(type(event))
+        kind = type(event)
+        state = self._row.receive.get(kind)
         if state is None:
             raise self._fail(self._out_of_turn(event))
-        self._state = state
-        if isinstance(event, PosData):
+        if state is not self._state:
+            self._enter(state)
+        if kind is Status or kind is GetForce:
+            self._unanswered.append(kind)
+        elif isinstance(event, PosData):
             self._atoms = len(event.positions)
-        elif isinstance(event, Status | GetForce):
-            self._unanswered.append(type(event))
         elif isinstance(event, Exit):
             self._forget()
         elif self._role is Role.ENGINE:
@@ -225,18 +229,22 @@ class Connection:
         return len(self._held) < _HELD_MESSAGES and frames < _HELD_FRAMES
 
     def _out_of_turn(self, event: Event) -> OutOfTurnError:
-        allowed = (word.word for word in self._table[self._state].receive if word is not Exit)
+        allowed = (word.word for word in self._row.receive if word is not Exit)
         if self._role is Role.ENGINE:
             due = self._unanswered[0] if self._unanswered else None
-            allowed = (word.word for word in self._table[self._state].receive if due and REQUEST_OF.get(word) is due)
+            allowed = (word.word for word in self._row.receive if due and REQUEST_OF.get(word) is due)
         return OutOfTurnError(self._state.name, event.word, tuple(allowed))
 
     def _fail(self, error: RemoteProtocolError) -> RemoteProtocolError:
         """Enter ERROR for good and return the error to be raised."""
-        self._state = State.ERROR
+        self._enter(State.ERROR)
         self._error = error
         self._forget()
         return error
+
+    def _enter(self, state: State) -> None:
+        self._state = state
+        self._row = self._table[state]
 
     def _forget(self) -> None:
         """Drop everything that waits: the conversation is over."""
@@ -253,13 +261,13 @@ class Connection:
             LocalProtocolError: it is not the turn of this message, or it would break the peer (a wrong number of atoms, a number that is
                 not finite, extras that are no JSON object or have other keys than before). Nothing changes then.
         """
-        state = self._table[self._state].send.get(type(event))
+        state = self._row.send.get(type(event))
         if state is None or not self._is_due(event):
             unanswered = "+".join(word.word for word in self._unanswered)
             raise NotOurTurnError(f"sending {event.word}", self._state.name, unanswered)
         data = encode(event)
         self._check(event)
-        self._state = state
+        self._enter(state)
         self._note_sent(event)
         return data
 
@@ -280,10 +288,10 @@ class Connection:
         Raises:
             NotOurTurnError: no force is being computed, for example because the peer left meanwhile.
         """
-        state = self._table[self._state].send.get(ResultReady)
+        state = self._row.send.get(ResultReady)
         if state is None:
             raise NotOurTurnError("completing a force", self._state.name)
-        self._state = state
+        self._enter(state)
 
     def _is_due(self, event: Event) -> bool:
         """Whether answers keep the order of the requests if `event` goes now."""
@@ -307,13 +315,14 @@ class Connection:
             raise AnswerAtomCountError(self._expected_atoms, len(event.positions))
 
     def _note_sent(self, event: Event) -> None:
-        if isinstance(event, Status | GetForce):
-            self._unanswered.append(type(event))
+        kind = type(event)
+        if kind is Status or kind is GetForce:
+            self._unanswered.append(kind)
         elif isinstance(event, PosData):
             self._atoms = len(event.positions)
-        elif isinstance(event, Exit):
+        elif kind is Exit:
             self._forget()
-        elif type(event) in REQUEST_OF:
+        elif kind in REQUEST_OF:
             self._unanswered.popleft()
             if isinstance(event, ForceReady):
                 self._atoms = None

@@ -34,7 +34,7 @@ def check_extras(extras: bytes) -> frozenset[str]:
     if not text.strip(" \t\r\n"):
         return frozenset()
     try:
-        described = json.loads(text, parse_constant=_refuse)
+        described = _STRICT.decode(text)
     except (ValueError, RecursionError) as problem:
         raise ExtrasError(f"{text[:40]!r} are not JSON ({problem})") from problem
     if not isinstance(described, dict):
@@ -46,3 +46,6 @@ def check_extras(extras: bytes) -> frozenset[str]:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"the constant {constant}")
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse)

@@ -23,12 +23,16 @@ from tumbaga.socket_protocol.events import Event, Exit, ForceReady, GetForce, Ha
 class Role(enum.Enum):
     """Which side of the conversation is ours."""
 
+    __hash__ = object.__hash__  # members are single; Enum's own hash runs in Python and is felt in tables
+
     DRIVER = "driver"  # we supply forces
     ENGINE = "engine"  # we ask for forces; the "server role"
 
 
 class State(enum.Enum):
     """What a connection is doing. An ENGINE's state is what it knows about the driver at the other end."""
+
+    __hash__ = object.__hash__
 
     NEEDINIT = "needinit"  # DRIVER: no INIT seen yet. ENGINE: the driver asked for INIT
     READY = "ready"  # waits for a frame
