@@ -8,13 +8,16 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
 from tumbaga.driver import config as configs
-from tumbaga.driver.errors import ConfigError, DriverError, EngineError, RunDirError
+from tumbaga.driver.errors import ConfigError, DriverError, RunDirError
+
+if TYPE_CHECKING:
+    from tumbaga.driver.engines import Engine
 
 EXIT_USAGE, EXIT_FAILED = 2, 1
 EXAMPLES = {"cuau-water": Path(__file__).parent / "data" / "cuau-water.xyz"}
@@ -212,7 +215,7 @@ def _new_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _carry_out(folder: Path, settings: configs.Config, engine: object, steps: int | None, quiet: bool) -> None:
+def _carry_out(folder: Path, settings: configs.Config, engine: Engine | None, steps: int | None, quiet: bool) -> None:
     """Check, hold the run directory, run, and say how it went."""
     from tumbaga.driver import display, supervisor
     from tumbaga.driver.rundir import RunDir
@@ -225,15 +228,15 @@ def _carry_out(folder: Path, settings: configs.Config, engine: object, steps: in
         typer.echo(f"serving {settings.potential.model} to {', '.join(settings.serve.connect)}; stop with Ctrl-C or: tumbaga stop {folder}")
     progress = display.Progress(steps)
     try:
-        made = supervisor.Supervisor(run_dir, settings, engine, None if quiet else progress)  # type: ignore[arg-type]
+        made = supervisor.Supervisor(run_dir, settings, engine, None if quiet else progress)
         ended = made.run()
         if not quiet:
             progress.end()
-        typer.echo(display.summary(folder, ended, engine.files(folder) if engine is not None else []))  # type: ignore[attr-defined]
+        typer.echo(display.summary(folder, ended, engine.files(folder) if engine is not None else []))
     finally:
         run_dir.release()
     if ended["state"] == "failed":
-        raise EngineError("run", ended["errors"][0] if ended["errors"] else "failed") if False else typer.Exit(EXIT_FAILED)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ class Label(_Section, frozen=True):
         method: "pyscf", "ase:MODULE:CLASS", or a test labeller.
         options: handed to the labeller, e.g. xc, basis, grid.
         workers: label processes, one core each.
-        budget: labels at most in the life of the run directory; 0 for none.
+        budget: labels at most in the life of the run directory, failed ones included; 0 for none.
         time_limit: seconds after which a label is killed and recorded as failed.
         attempts: how often a label is tried again when its worker dies.
     """

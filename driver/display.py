@@ -100,7 +100,8 @@ def summary(run_dir: Path, status: dict[str, Any], files: list[Path]) -> str:
 
 
 def _headline(status: dict[str, Any]) -> str:
-    return {"finished": "finished", "stopped": "stopped by request", "failed": "FAILED"}.get(status["state"], status["state"])
+    state = str(status["state"])
+    return {"stopped": "stopped by request", "failed": "FAILED"}.get(state, state)
 
 
 def _learning(run_dir: Path, status: dict[str, Any]) -> list[str]:

@@ -39,6 +39,7 @@ class Gateway:
     Args:
         settings: of the run.
         numbers: the template's atomic numbers, shape (n_atoms,).
+        periodic: whether the template is periodic.
         context: zmq.
         reporter: to the supervisor.
         serving: the version to start with and its path; version 0 needs none.
@@ -48,6 +49,7 @@ class Gateway:
         self,
         settings: configs.Config,
         numbers: list[int],
+        periodic: bool,
         context: zmq.Context[zmq.Socket[bytes]],
         reporter: process.Reporter,
         serving: bus.Serve,
@@ -61,7 +63,7 @@ class Gateway:
         ramp = RampState(serving.version, n=settings.learn.ramp_steps, rest=settings.learn.ramp_pause)
         species = np.asarray(numbers, dtype=np.int64)
         self.sessions = {
-            str(address): Session(address, species, Backoff(Random(settings.seed + i)), ramp)
+            str(address): Session(address, species, periodic, Backoff(Random(settings.seed + i)), ramp)
             for i, address in enumerate(Address.parse(text, settings.serve.prefix) for text in settings.serve.connect)
         }
         self._mixes: dict[str, Mix] = {}
@@ -420,10 +422,10 @@ def read_serving(run_dir: Path) -> bus.Serve:
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Read the run's settings, then serve."""
     settings = configs.load(run_dir)
-    numbers = json.loads((run_dir / TEMPLATE).read_text())["numbers"]
+    template = json.loads((run_dir / TEMPLATE).read_text())
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, "gateway")
-    gateway = Gateway(settings, numbers, context, reporter, read_serving(run_dir))
+    gateway = Gateway(settings, template["numbers"], template["periodic"], context, reporter, read_serving(run_dir))
     reporter.log("info", "started", addresses=list(gateway.sessions))
     gateway.run(lifeline)
     reporter.close()

@@ -74,7 +74,7 @@ class LearnerProcess:
     def _add_base(self) -> None:
         """Version 0: what the run started with, whole, so that the run directory can be copied elsewhere."""
         layer = LastLayer(self._learner.readout, self._learner.covariance, {"parent": None, "labels": 0})
-        file = versions.write(self._run_dir, 0, self._potential.state(), layer, {"model": self._settings.potential.model})
+        file = versions.write(self._run_dir, 0, self._potential.state(), layer, self._potential.metadata)
         self._store.add_version(StoredVersion(0, file.hash, None, file.path, "served", 0, {}))
 
     # -- messages --------------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class LearnerProcess:
         number = max(v.number for v in self._store.versions()) + 1
         layer = LastLayer(proposal.readout, proposal.covariance, {"parent": self._version, **proposal.metrics})
         state = self._potential.state(proposal.readout)
-        file = versions.write(self._run_dir, number, state, layer, {"model": self._settings.potential.model})
+        file = versions.write(self._run_dir, number, state, layer, self._potential.metadata)
         self._store.add_version(
             StoredVersion(number, file.hash, self._version, file.path, "accepted", self._learner.n_labels, proposal.metrics)
         )

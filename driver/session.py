@@ -10,7 +10,7 @@ import numpy as np
 from tumbaga.driver import units
 from tumbaga.online.flagging import Flagger
 from tumbaga.online.ramp import RampState
-from tumbaga.online.records import Frame, Ints, Prediction
+from tumbaga.online.records import Array, Frame, Ints, Prediction
 from tumbaga.socket_protocol.connection import NEED_DATA, PAUSED, Connection, Role
 from tumbaga.socket_protocol.errors import RemoteProtocolError
 from tumbaga.socket_protocol.events import Exit, ForceReady, GetForce, Init, PosData, Status
@@ -39,13 +39,14 @@ class Session:
         name: for the log and the extras, e.g. "unix:/tmp/ipi_cuau".
         address: where the engine listens.
         numbers: atomic numbers in the engine's order, shape (n_atoms,).
+        periodic: whether the template is; a cluster's box (i-PI insists on one) is not taken for a lattice.
         backoff: delays between attempts to connect.
         ramp: where this session stands between versions.
     """
 
-    def __init__(self, address: Address, numbers: Ints, backoff: Backoff, ramp: RampState) -> None:
+    def __init__(self, address: Address, numbers: Ints, periodic: bool, backoff: Backoff, ramp: RampState) -> None:
         self.name = str(address)
-        self.address, self._numbers, self.backoff = address, numbers, backoff
+        self.address, self._numbers, self._periodic, self.backoff = address, numbers, periodic, backoff
         self.ramp = ramp
         self.flagger = Flagger()
         self.stream: Stream | None = None
@@ -117,6 +118,8 @@ class Session:
                 if fault:
                     return Ended(fault)
             elif isinstance(event, PosData):
+                if self._periodic and not event.periodic:
+                    return Ended("the template is periodic, but the engine sends no cell; give one of the two what it lacks")
                 self.ticket += 1
                 self.waiting = True
                 return Asked(self._frame(event))
@@ -133,8 +136,13 @@ class Session:
         return ""
 
     def _frame(self, event: PosData) -> Frame:
-        cell = units.length_from_wire(event.cell) if event.periodic else np.zeros((3, 3))
-        return Frame(self._numbers, units.length_from_wire(event.positions), cell, event.periodic)
+        positions = units.length_from_wire(event.positions)
+        if not event.periodic:
+            return Frame(self._numbers, positions)
+        cell = units.length_from_wire(event.cell)
+        if not self._periodic:
+            return Frame(self._numbers, _made_whole(positions, cell))
+        return Frame(self._numbers, positions, cell, True)
 
     def answer(self, prediction: Prediction, extras: bytes) -> Asked | Ended | None:
         """Give the force of the frame under way; returns what `turn` returns."""
@@ -161,3 +169,16 @@ class Session:
             self.dialling.close()
         self.stream = self.dialling = None
         self.waiting = False
+
+
+def _made_whole(positions: Array, cell: Array) -> Array:
+    """Positions of a cluster in a vacuum box, shape (n_atoms, 3), Å, put together again if the engine folded atoms into the box.
+
+    A cluster wider than half the box is taken to be folded; each atom then goes to its image nearest to the first one.
+    """
+    fractional = positions @ np.linalg.inv(cell)
+    if np.ptp(fractional, axis=0).max() <= 0.5:
+        return positions
+    away = fractional - fractional[0]
+    whole: Array = (fractional - np.round(away)) @ cell
+    return whole

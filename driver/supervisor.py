@@ -22,7 +22,7 @@ from tumbaga.driver import config as configs
 from tumbaga.driver import process
 from tumbaga.driver.children import Child
 from tumbaga.driver.engines import FOLDER, Engine
-from tumbaga.driver.errors import DriverError
+from tumbaga.driver.errors import ConfigError, DriverError
 from tumbaga.driver.gateway import TEMPLATE
 from tumbaga.driver.rundir import RunDir
 from tumbaga.driver.structures import read_frame
@@ -85,7 +85,7 @@ class Supervisor:
     def _prepare(self) -> None:
         write_whole(self._path / configs.FILE, configs.dumps(self._settings).encode())
         frame = read_frame(self._settings.potential.template)
-        write_whole(self._path / TEMPLATE, json.dumps({"numbers": frame.numbers.tolist()}).encode())
+        write_whole(self._path / TEMPLATE, json.dumps({"numbers": frame.numbers.tolist(), "periodic": frame.periodic}).encode())
 
     def _asked_to_stop(self, *_: object) -> None:
         self._stops += 1
@@ -309,7 +309,9 @@ def check(settings: configs.Config) -> None:
 
     settings.check()
     registry.weights_file(settings.potential.model)
-    read_frame(settings.potential.template)
+    template = read_frame(settings.potential.template)
+    if template.periodic and settings.learn.enabled and settings.label.method == "pyscf":
+        raise ConfigError("label.method", "pyscf labels isolated clusters only, and the template is periodic; use ase:MODULE:CLASS or --no-learn")
     try:
         for text in settings.serve.connect:
             Address.parse(text, settings.serve.prefix)

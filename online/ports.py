@@ -85,6 +85,10 @@ class Trainable(Potential, Protocol):
     def force_rows(self, frame: Frame) -> ForceRows:
         """The linear model of one frame; exact to the arithmetic of the back end."""
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What a file of its tensors must say beside them, so that it can be loaded by itself."""
+
     def state(self, readout: Array | None = None) -> Mapping[str, np.ndarray]:
         """All tensors, for a version file (safetensors); with this readout, shape (n_columns,), eV, in place of its own if one is given."""
 

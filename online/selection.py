@@ -57,7 +57,7 @@ def admit(reason: Reason, score: float, queued: Sequence[Queued], by_role: Mappi
         reason: why it was flagged.
         score: its calibrated force uncertainty from force rows, eV/Å.
         queued: what waits now.
-        by_role: accepted frames so far by role (waiting, running or labelled).
+        by_role: accepted frames so far by role (waiting, running, labelled or failed).
         audits: audits among them.
         limits: see there.
     """

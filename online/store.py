@@ -320,15 +320,13 @@ class Store:
         return str(row[0])
 
     def count_reason(self, reason: Reason) -> int:
-        """How many frames were accepted for a label for this reason (failed and dropped ones not counted)."""
-        row = self._db.execute(
-            "SELECT COUNT(*) FROM queue WHERE reason = ? AND state IN ('pending', 'running', 'labelled')", (reason.value,)
-        ).fetchone()
+        """How many frames were accepted for a label for this reason (dropped ones not counted)."""
+        row = self._db.execute("SELECT COUNT(*) FROM queue WHERE reason = ? AND state != 'dropped'", (reason.value,)).fetchone()
         return int(row[0])
 
     def queued_by_role(self) -> dict[Role, int]:
-        """How many frames have ever been accepted for a label, by role (failed and dropped ones not counted)."""
-        rows = self._db.execute("SELECT role, COUNT(*) FROM queue WHERE state IN ('pending', 'running', 'labelled') GROUP BY role").fetchall()
+        """How many frames have ever been accepted for a label, by role: waiting, running, labelled and failed ones, which cost as much."""
+        rows = self._db.execute("SELECT role, COUNT(*) FROM queue WHERE state != 'dropped' GROUP BY role").fetchall()
         return {role: dict(rows).get(role.value, 0) for role in Role}
 
     # -- versions and events ---------------------------------------------------------------------------------------------------------

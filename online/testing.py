@@ -54,9 +54,14 @@ class ToyTrainable:
         """Return its weights, shape (n_columns,), eV."""
         return np.zeros(self.spec.n_columns) if self.weights is None else self.weights
 
-    def state(self) -> Mapping[str, np.ndarray]:
-        """Return its only tensor."""
-        return {"readout": self.readout()}
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Nothing: its tensor says it all."""
+        return {}
+
+    def state(self, readout: Array | None = None) -> Mapping[str, np.ndarray]:
+        """Return its only tensor, or the given one."""
+        return {"readout": self.readout() if readout is None else readout.copy()}
 
     def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
         """Evaluate frames one by one.

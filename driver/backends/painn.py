@@ -159,10 +159,10 @@ class PaiNN:
         fixed = float(self._reference[graph.species].sum() + core.sum())
         return ForceRows(phi.reshape(-1), rows, fixed, _scattered(graph, core_gradients))
 
-    def state(self) -> dict[str, np.ndarray]:
-        """All tensors by name: the network's in the dtype they run in, "readout" and "reference" in float64; copies."""
+    def state(self, readout: Array | None = None) -> dict[str, np.ndarray]:
+        """All tensors by name: the network's in the dtype they run in, "readout" (its own or the given one) and "reference" in float64; copies."""
         own = {key: value.detach().cpu().numpy().copy() for key, value in self._network.state_dict().items()}
-        return {**own, _READOUT: self._readout.copy(), _REFERENCE: self._reference.copy()}
+        return {**own, _READOUT: (self._readout if readout is None else readout).copy(), _REFERENCE: self._reference.copy()}
 
     def with_state(self, tensors: Mapping[str, np.ndarray]) -> PaiNN:
         """Return the same potential with other weights, e.g. those of a version file.

@@ -12,7 +12,7 @@ from vesin import NeighborList
 from tumbaga.online.records import Array, Frame, Ints
 
 DENSE_LIMIT: Final = 48  # atoms; up to here all distances at once cost no more than a cell list (docs/models/cuau-water.md)
-CORE_INNER, CORE_OUTER = 0.5, 0.8  # of the sum of covalent radii: the core is whole below the first, and gone from the second on
+CORE_INNER, CORE_OUTER = 0.4, 0.7  # of the sum of covalent radii: the core is whole below the first, and gone from the second on
 _COULOMB: Final = 14.399645  # e^2 / (4 pi epsilon_0), eV Å
 _BOHR: Final = 0.529177  # Å
 _ZBL: Final = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))
