@@ -108,25 +108,35 @@ class Store:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
         self._path, self._clock = path, clock
         try:
-            uri = f"file:{path.resolve().as_posix().replace('?', '%3f').replace('#', '%23')}?mode={'ro' if read_only else 'rwc'}"
+            uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             self._db = sqlite3.connect(uri, uri=True, isolation_level=None)
-            if not read_only:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=FULL")
-                self._db.execute("PRAGMA foreign_keys=ON")
-            self._prepare(read_only)
         except sqlite3.Error as error:
             raise StoreError(str(path), f"cannot be opened as a store ({error})") from error
+        try:
+            self._prepare(read_only)
+        except sqlite3.Error as error:
+            self._db.close()
+            raise StoreError(str(path), f"cannot be opened as a store ({error})") from error
+        except StoreError:
+            self._db.close()
+            raise
 
     def _prepare(self, read_only: bool) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0 and not read_only:
+        if version == 0 and self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+            raise StoreError(str(self._path), "is a database of another program")
+        if version != SCHEMA_VERSION and (version or read_only):
+            raise StoreError(str(self._path), f"has schema version {version}; this program reads version {SCHEMA_VERSION}")
+        if read_only:
+            return
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA foreign_keys=ON")
+        if version == 0:
             with self._write():
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        elif version != SCHEMA_VERSION:
-            raise StoreError(str(self._path), f"has schema version {version}; this program reads version {SCHEMA_VERSION}")
 
     @contextmanager
     def _write(self) -> Iterator[None]:
