@@ -65,4 +65,4 @@ def _read(path: Path) -> Result:
     if "label" in told:
         made = told["label"]
         label = Label(made["energy"], np.array(made["forces"], dtype=np.float64), made["method"], made["seconds"], made["details"])
-    return Result(told["task"], told["frame"], label, told["failure"])
+    return Result(int(told["task"]), int(told["frame"]), label, str(told["failure"]))
