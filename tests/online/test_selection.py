@@ -1,0 +1,142 @@
+"""Who gets a label, what for, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+
+from tumbaga.online.records import Reason, Role
+from tumbaga.online.selection import Limits, admit, next_frame, role_of, stale
+from tumbaga.online.store import Queued
+
+LIMITS = Limits(force_error=0.2, budget=50, queue=3)
+NOBODY = {Role.TRAIN: 0, Role.HOLDOUT: 0}
+
+
+def waits(frame: int, priority: float, role: Role = Role.TRAIN, reason: Reason = Reason.UNCERTAIN) -> Queued:
+    return Queued(frame, reason, role, priority)
+
+
+def test_every_fourth_uncertain_frame_is_held_out() -> None:
+    """Of frames that are all uncertain the 2nd, 6th, 10th … are held out and the others learnt from."""
+    held_out: list[int] = []
+    for accepted in range(20):
+        if role_of(Reason.UNCERTAIN, accepted, len(held_out)) is Role.HOLDOUT:
+            held_out.append(accepted + 1)
+
+    assert held_out == [2, 6, 10, 14, 18]
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2, 7])
+def test_audits_are_held_out_and_first_frames_learnt_from(accepted: int) -> None:
+    """Whatever was accepted before, a random frame is held out, and a first frame is never held out."""
+    assert role_of(Reason.AUDIT, accepted, 0) is Role.HOLDOUT
+    assert role_of(Reason.INITIAL, accepted, 0) is Role.TRAIN
+
+
+def test_the_first_frame_of_all_is_learnt_from() -> None:
+    """With nothing accepted yet an uncertain frame is learnt from: without it there is nothing to judge."""
+    assert role_of(Reason.UNCERTAIN, 0, 0) is Role.TRAIN
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_the_budget_ends_everything(reason: Reason) -> None:
+    """Once as many frames were accepted as the budget has labels, none of any kind is."""
+    assert admit(reason, 9.0, [], {Role.TRAIN: 40, Role.HOLDOUT: 9}, 0, LIMITS).role is not None
+
+    refused = admit(reason, 9.0, [], {Role.TRAIN: 40, Role.HOLDOUT: 10}, 0, LIMITS)
+    assert (refused.role, refused.note) == (None, "the label budget is spent")
+
+
+def test_a_budget_of_none_labels_nothing() -> None:
+    """With a budget of 0 not even the first frame is accepted."""
+    assert admit(Reason.INITIAL, 9.0, [], NOBODY, 0, Limits(0.2, budget=0)).role is None
+
+
+@pytest.mark.parametrize(("score", "taken"), [(0.19, False), (0.2, False), (0.21, True), (float("inf"), True)])
+def test_force_rows_decide_about_uncertain_frames(score: float, taken: bool) -> None:
+    """An uncertain frame is accepted only if its exact score is above the force error to hold."""
+    assert (admit(Reason.UNCERTAIN, score, [], NOBODY, 0, LIMITS).role is not None) is taken
+
+
+@pytest.mark.parametrize("reason", [Reason.INITIAL, Reason.AUDIT])
+def test_first_frames_and_audits_need_no_uncertainty(reason: Reason) -> None:
+    """A first or a random frame is accepted with a score of nothing."""
+    assert admit(reason, 0.0, [], NOBODY, 0, LIMITS).role is not None
+
+
+def test_audits_have_their_share() -> None:
+    """At least one audit is accepted, and after that a fifth of all labels at most."""
+    many = {Role.TRAIN: 30, Role.HOLDOUT: 10}
+
+    assert admit(Reason.AUDIT, 0.0, [], NOBODY, 0, LIMITS).role is Role.HOLDOUT
+    assert admit(Reason.AUDIT, 0.0, [], {Role.TRAIN: 1, Role.HOLDOUT: 1}, 1, LIMITS).role is None
+    assert admit(Reason.AUDIT, 0.0, [], many, 7, LIMITS).role is Role.HOLDOUT
+    assert admit(Reason.AUDIT, 0.0, [], many, 8, LIMITS).role is None
+
+
+def test_a_full_queue_keeps_the_most_uncertain() -> None:
+    """In a full queue an uncertain frame takes the place of the least uncertain one, and of none that is as uncertain."""
+    queue = [waits(1, 0.5), waits(2, 0.3), waits(3, 0.4)]
+
+    better = admit(Reason.UNCERTAIN, 0.31, queue, {Role.TRAIN: 3, Role.HOLDOUT: 1}, 0, LIMITS)
+    assert (better.role, better.replaces) == (Role.TRAIN, 2)
+    same = admit(Reason.UNCERTAIN, 0.3, queue, {Role.TRAIN: 3, Role.HOLDOUT: 1}, 0, LIMITS)
+    assert (same.role, same.replaces) == (None, None)
+
+
+@pytest.mark.parametrize("reason", [Reason.INITIAL, Reason.AUDIT])
+def test_first_frames_and_audits_find_a_place(reason: Reason) -> None:
+    """In a full queue a first or a random frame takes the place of the least uncertain one, however uncertain that is."""
+    queue = [waits(1, 0.5), waits(2, 0.3), waits(3, 0.4)]
+
+    assert admit(reason, 0.0, queue, {Role.TRAIN: 3, Role.HOLDOUT: 0}, 0, LIMITS).replaces == 2
+
+
+def test_first_frames_and_audits_are_not_replaced() -> None:
+    """A queue full of first and random frames takes nothing more."""
+    queue = [waits(1, 0.0, reason=Reason.INITIAL), waits(2, 0.0, Role.HOLDOUT, Reason.AUDIT), waits(3, 0.0, reason=Reason.INITIAL)]
+
+    assert admit(Reason.UNCERTAIN, 9.0, queue, {Role.TRAIN: 2, Role.HOLDOUT: 1}, 1, LIMITS).role is None
+
+
+def test_first_frames_come_first() -> None:
+    """A session's first frame is labelled before all others, the oldest first."""
+    queue = [waits(1, 9.0), waits(2, 9.0, Role.HOLDOUT), waits(3, 0.0, reason=Reason.INITIAL), waits(4, 1.0, reason=Reason.INITIAL)]
+    chosen = next_frame(queue, {Role.TRAIN: 5, Role.HOLDOUT: 0})
+
+    assert chosen is not None
+    assert chosen.frame == 3
+
+
+@pytest.mark.parametrize(("labelled", "frame"), [((1, 0), 1), ((3, 1), 2), ((4, 1), 1), ((0, 0), 2), ((6, 2), 2), ((7, 2), 1)])
+def test_held_out_labels_are_a_third_of_the_others(labelled: tuple[int, int], frame: int) -> None:
+    """A held-out frame is next while its kind has fewer than a third of the training labels, else the most uncertain one."""
+    queue = [waits(1, 0.3, Role.HOLDOUT), waits(2, 0.9), waits(3, 0.5)]
+    chosen = next_frame(queue, {Role.TRAIN: labelled[0], Role.HOLDOUT: labelled[1]})
+
+    assert chosen is not None
+    assert chosen.frame == frame
+
+
+def test_held_out_frames_are_labelled_when_nothing_else_waits() -> None:
+    """A worker is never idle while a frame waits, and has nothing to do when none does."""
+    chosen = next_frame([waits(1, 0.3, Role.HOLDOUT)], {Role.TRAIN: 0, Role.HOLDOUT: 9})
+
+    assert chosen is not None
+    assert next_frame([], NOBODY) is None
+
+
+def test_only_uncertain_training_frames_grow_stale() -> None:
+    """What an update made certain leaves the queue; first, random, held-out, uncertain and unscored frames stay."""
+    queue = [
+        waits(1, 0.5),
+        waits(2, 0.5),
+        waits(3, 0.5, Role.HOLDOUT),
+        waits(4, 0.5, reason=Reason.INITIAL),
+        waits(5, 0.5, Role.HOLDOUT, Reason.AUDIT),
+        waits(6, 0.5),
+        waits(7, 0.5),
+    ]
+    scores = {1: 0.119, 2: 0.121, 3: 0.0, 4: 0.0, 5: 0.0, 7: float("nan")}
+
+    assert stale(queue, scores, LIMITS) == [1]
