@@ -1,0 +1,52 @@
+# Two commands set everything up on a machine with Python >= 3.11 and make:
+#   make demo    environment, installation, the main job
+#   make test    environment, installation, all tests
+# Both can be repeated; the environment (.venv) is made once.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test fast lint help clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/installed  ## install, then an i-PI run of a Cu-Au/water cluster that learns while it runs (a few minutes)
+	@echo "== tumbaga run cuau-water"
+	$(BIN)/tumbaga run cuau-water
+
+test: lint  ## install, then lint, types, import contracts and all tests
+	@echo "== tests"
+	$(BIN)/pytest -q
+
+fast: $(VENV)/installed-dev  ## the tests that take seconds
+	$(BIN)/pytest -q -m "not slow"
+
+lint: $(VENV)/installed-dev  ## lint, types, import contracts
+	@echo "== lint"
+	$(BIN)/ruff check .
+	@echo "== types"
+	$(BIN)/mypy
+	@echo "== import contracts"
+	$(BIN)/lint-imports
+
+$(BIN)/python:
+	@echo "== environment in $(VENV)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tumbaga needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "== installing tumbaga (PyTorch is the large part)"
+	$(PIP) install --progress-bar off -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "== installing what the tests need"
+	$(PIP) install --progress-bar off -q -c constraints.txt -e '.[dev,xtb]'
+	@touch $@
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
