@@ -123,8 +123,6 @@ def serve(
         settings = configs.Config(seed=seed)
         if model is None or template is None:
             raise ConfigError("serve", "needs a potential (-m MODEL) and a template (-t FILE), or the --run-dir of an earlier run")
-    elif model not in (None, settings.potential.model):
-        raise ConfigError("--model", f"the run directory is of {settings.potential.model}; choose another directory for {model}")
     potential = settings.potential
     if template is not None:
         potential = msgspec.structs.replace(potential, template=str(template.absolute()))
@@ -221,6 +219,8 @@ def _carry_out(folder: Path, settings: configs.Config, engine: Engine | None, st
     from tumbaga.driver.rundir import RunDir
 
     supervisor.check(settings)
+    if (folder / configs.FILE).exists() and (earlier := configs.load(folder).potential.model) != settings.potential.model:
+        raise RunDirError(str(folder), f"is of a run of {earlier}; choose another directory for {settings.potential.model}")
     run_dir = RunDir(folder)
     run_dir.hold()
     typer.echo(f"run directory {folder}")

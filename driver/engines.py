@@ -122,7 +122,7 @@ class IPi:
     @staticmethod
     def _restart_file(folder: Path) -> Path | None:
         """The newest state of an earlier start: RESTART after an orderly stop, else the last whole checkpoint."""
-        found = [*folder.glob("md.chk_*"), *folder.glob("RESTART")]
+        found = [*folder.glob("md.chk*"), *folder.glob("RESTART")]
         whole = [path for path in found if "</simulation>" in path.read_text()[-200:]]
         return max(whole, key=lambda path: (_step_of(path), path.stat().st_mtime), default=None)
 
