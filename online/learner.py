@@ -114,9 +114,14 @@ class Learner:
         frame_id = self._store.add_flag(
             frame, session=session, step=step, reason=reason, score=score, version=version, energy=energy, forces=forces
         )
+        if self._store.accepted(frame_id):
+            return False  # equal frames are one frame, and it must not take another one's place in a full queue
         model = self._model(frame_id, frame)
-        self._recent.append(model.rows)
         exact = float(force_std(model.rows, self.covariance).max())
+        if not math.isfinite(exact):
+            self._models.pop(frame_id, None)
+            return False  # kept as a flag; there is nothing that an update could learn from it
+        self._recent.append(model.rows)
         self.scale = self.scale.updated(lpr, exact)
         exact_score = self.quantile.q * exact
         waiting = self._store.pending()
@@ -141,10 +146,13 @@ class Learner:
     # -- labels ----------------------------------------------------------------------------------------------------------------------
 
     def label(self, task: int, frame_id: int, label: Label) -> bool:
-        """Take a label that arrived; False when the frame had one already, or when its method is not this run's."""
+        """Take a label that arrived; False when the frame had one already, or when it does not fit its frame or this run's method."""
+        frame = self._store.frame(frame_id)
+        if len(label.forces) != len(frame):
+            self._store.add_failure(task, f"the label has forces of {len(label.forces)} atoms, its frame has {len(frame)}")
+            return False
         if not self._store.add_label(task, label) or label.method != self._method:
             return False
-        frame = self._store.frame(frame_id)
         role = self._store.role(frame_id)
         self._calibrate(frame_id, label, audit=self._store.reason(frame_id) is Reason.AUDIT)
         self._learnt(StoredLabel(frame_id, frame, label, role))
@@ -168,9 +176,10 @@ class Learner:
     def update(self) -> Proposal | Refusal:
         """Fit the readout to all training labels and judge the result; nothing changes until `serve`."""
         train, held_out = self.sets[Role.TRAIN], self.sets[Role.HOLDOUT]
-        fitted = last_layer.fit(train, self._base, self._settings, mean_h2=self._mean_h2)
-        metrics: dict[str, object] = {"labels": len(train), "held_out": len(held_out), "loo_rmse": _number(fitted.loo_rmse)}
+        metrics: dict[str, object] = {"labels": len(train), "held_out": len(held_out)}
         try:
+            fitted = last_layer.fit(train, self._base, self._settings, mean_h2=self._mean_h2)
+            metrics["loo_rmse"] = _number(fitted.loo_rmse)
             residual = max(last_layer.largest_residual(train), self._settings.trust_floor)
             factor = last_layer.trust_region(fitted.readout, self.readout, list(self._recent), residual, self._settings)
         except UpdateRefusedError as error:

@@ -204,6 +204,10 @@ class Store:
             )
         return cursor.rowcount > 0
 
+    def accepted(self, frame_id: int) -> bool:
+        """Whether a frame is queued, running, labelled or failed: then `enqueue` would not take it."""
+        return self._db.execute("SELECT 1 FROM queue WHERE frame = ? AND state != 'dropped'", (frame_id,)).fetchone() is not None
+
     def drop(self, frame_id: int, note: str) -> None:
         """Take a waiting frame off the queue; it stays in the store with the reason."""
         with self._write():

@@ -1,0 +1,312 @@
+"""The learner on the exact toy, with labels made by the same toy with other weights: it learns, it remembers, and it refuses nonsense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tumbaga.online.last_layer import Settings
+from tumbaga.online.learner import Learner, Proposal, Refusal
+from tumbaga.online.records import Array, Frame, Label, Reason, Role
+from tumbaga.online.selection import Limits
+from tumbaga.online.store import FILE, Store
+from tumbaga.online.testing import ToyTrainable, label_from
+
+METHOD = "toy"
+LIMITS = Limits(force_error=1e-6, budget=60)
+LEARNT = 0.01  # eV/Å: what is left of an error of about 1 eV/Å after eight exact labels for eight weights; the prior holds back the rest
+NARROW = Settings(trust_floor=1e9)  # the trust region has its own tests
+
+
+class Bench:
+    """A learner, its store, and somebody who flags frames and labels them."""
+
+    def __init__(self, path: Path, toy: ToyTrainable, truth: ToyTrainable, limits: Limits, method: str = METHOD) -> None:
+        self.store = Store(path)
+        self.toy, self.truth = toy, truth
+        self.learner = Learner(toy, self.store, limits, method, NARROW)
+
+    def flag(self, frame: Frame, reason: Reason = Reason.UNCERTAIN, lpr: float = 0.1) -> bool:
+        said = self.toy.predict([frame])[0]
+        return self.learner.candidate(
+            frame, session="s", step=1, reason=reason, score=0.5, lpr=lpr, version=0, energy=said.energy, forces=said.forces
+        )
+
+    def label_next(self, spoil: Callable[[Label], Label] = lambda told: told) -> Role:
+        chosen = self.learner.next_frame()
+        assert chosen is not None
+        task = self.store.start_task(chosen.frame, "label-0", 1)
+        told = spoil(label_from(self.truth, self.store.frame(chosen.frame), {1: -13.6, 8: -2041.0}))
+        assert self.learner.label(task, chosen.frame, told)
+        return chosen.role
+
+    def learn(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            assert self.flag(frame)
+            self.label_next()
+
+
+@pytest.fixture
+def make_bench(tmp_path: Path, toy: ToyTrainable, truth: ToyTrainable) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def make(limits: Limits = LIMITS, method: str = METHOD) -> Bench:
+        made.append(Bench(tmp_path / FILE, toy, truth, limits, method))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        bench.store.close()
+
+
+@pytest.fixture
+def bench(make_bench: Callable[..., Bench]) -> Bench:
+    return make_bench()
+
+
+def proposal(learner: Learner) -> Proposal:
+    made = learner.update()
+    assert isinstance(made, Proposal), made
+    return made
+
+
+def test_it_learns(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """Eleven exact labels bring the held-out force error from above 0.1 to below 0.01 eV/Å."""
+    bench.learn([cluster() for _ in range(11)])
+    made = proposal(bench.learner)
+
+    assert (made.metrics["labels"], made.metrics["held_out"]) == (8, 3)
+    before, after = made.metrics["holdout_rmse_base"], made.metrics["holdout_rmse"]
+    assert isinstance(before, float)
+    assert isinstance(after, float)
+    assert before > 0.1
+    assert after < LEARNT
+
+
+def test_it_learns_from_the_first_label(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """One label already makes a proposal whose error on that label is smaller than the base's."""
+    bench.learn([cluster()])
+    made = proposal(bench.learner)
+
+    assert made.metrics["train_rmse"] < made.metrics["train_rmse_base"]  # type: ignore[operator]
+    assert made.metrics["holdout_rmse"] is None
+
+
+def test_uncertainty_falls_where_it_learnt(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """After an update serves, the frames that wait have lower scores, and those below the threshold are dropped with a reason."""
+    frames = [cluster() for _ in range(8)]
+    for frame in frames:
+        bench.flag(frame)
+    before = {waiting.frame: waiting.priority for waiting in bench.store.pending()}
+    for _ in range(4):
+        bench.label_next()
+    made = proposal(bench.learner)
+    bench.learner.serve(made.readout, made.covariance)
+    after = {waiting.frame: waiting.priority for waiting in bench.store.pending()}
+
+    assert len(after) == 4
+    assert all(after[frame] < before[frame] for frame in after)
+
+
+def test_frames_that_an_update_made_certain_are_dropped(
+    make_bench: Callable[..., Bench], cluster: Callable[..., Frame], toy: ToyTrainable
+) -> None:
+    """A frame that looks like one that was learnt needs no label any more, and says why."""
+    bench = make_bench(Limits(force_error=0.5, budget=60))
+    frame = cluster()
+    bench.flag(frame, Reason.INITIAL)
+    bench.label_next()
+    twin = Frame(frame.numbers, frame.positions + 1e-4)
+    twin_2 = Frame(frame.numbers, frame.positions - 1e-4)
+    assert bench.flag(twin)  # the 2nd: held out
+    assert bench.flag(twin_2)
+    made = proposal(bench.learner)
+    bench.learner.serve(made.readout, made.covariance)
+
+    assert [waiting.role for waiting in bench.store.pending()] == [Role.HOLDOUT]
+    (note,) = bench.store._db.execute("SELECT note FROM queue WHERE state = 'dropped'").fetchone()
+    assert note.startswith("an update brought its force uncertainty down to 0.")
+
+
+def test_a_candidate_is_on_disk_when_it_was_taken(bench: Bench, tmp_path: Path, cluster: Callable[..., Frame]) -> None:
+    """Another process reads the flag and the place in the queue as soon as `candidate` has returned."""
+    frame = cluster()
+    assert bench.flag(frame, Reason.INITIAL)
+    reader = Store(tmp_path / FILE, read_only=True)
+    (queued,) = reader.pending()
+    key = reader.frame(queued.frame).key
+    reader.close()
+
+    assert key == frame.key
+
+
+def test_certain_frames_are_kept_without_a_label(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """A frame that force rows find certain enough is in the store as a flag and not in the queue."""
+    bench = make_bench(Limits(force_error=1e6, budget=60))
+
+    assert not bench.flag(cluster())
+    assert bench.store.counts() == {"pending": 0, "running": 0, "converged": 0, "failed": 0, "dropped": 0, "flags": 1}
+
+
+def test_a_frame_is_labelled_once(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """A frame that is flagged again while it waits, or after its label, gets no second label."""
+    frame = cluster()
+    assert bench.flag(frame)
+    assert not bench.flag(frame)
+    bench.label_next()
+
+    assert not bench.flag(frame)
+    assert bench.learner.next_frame() is None
+
+
+def test_a_known_frame_takes_no_place_from_others(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """A full queue loses nothing to a frame that is in it already."""
+    bench = make_bench(Limits(force_error=1e-6, budget=60, queue=2))
+    first, second = cluster(), cluster()
+    assert bench.flag(first, Reason.INITIAL)
+    assert bench.flag(second)
+
+    assert not bench.flag(first, Reason.INITIAL)
+    assert len(bench.store.pending()) == 2
+
+
+def test_a_second_label_of_a_frame_is_not_learnt(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """Two tasks of one frame, as after a restart, count once."""
+    bench.flag(cluster())
+    chosen = bench.learner.next_frame()
+    assert chosen is not None
+    first, second = (bench.store.start_task(chosen.frame, "label-0", pid) for pid in (1, 2))
+    told = label_from(bench.truth, bench.store.frame(chosen.frame))
+
+    assert bench.learner.label(first, chosen.frame, told)
+    assert not bench.learner.label(second, chosen.frame, told)
+    assert bench.learner.n_labels == 1
+
+
+def test_a_restart_knows_as_much(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """A learner on the same store has the same labels in the same roles and proposes the same readout to the last bit."""
+    bench = make_bench()
+    bench.learn([cluster() for _ in range(6)])
+    bench.flag(cluster())
+    again = make_bench()
+
+    assert {role: len(found) for role, found in again.learner.sets.items()} == {Role.TRAIN: 4, Role.HOLDOUT: 2}
+    one, other = proposal(bench.learner), proposal(again.learner)
+    np.testing.assert_array_equal(one.readout, other.readout)
+    np.testing.assert_array_equal(one.covariance, other.covariance)
+    assert one.metrics == other.metrics
+    assert bench.learner.next_frame() == again.learner.next_frame()
+
+
+def test_labels_of_another_method_are_not_learnt(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """A learner of another method starts with nothing, and a label of a method that is not its own is stored but not learnt."""
+    bench = make_bench()
+    bench.learn([cluster() for _ in range(3)])
+    other = make_bench(method="toy:better")
+
+    assert other.learner.n_labels == 0
+    assert other.flag(cluster())
+    chosen = other.learner.next_frame()
+    assert chosen is not None
+    task = other.store.start_task(chosen.frame, "label-0", 1)
+    assert not other.learner.label(task, chosen.frame, label_from(other.truth, other.store.frame(chosen.frame)))
+    assert other.learner.n_labels == 0
+    assert len(other.store.labels(METHOD)) == 4
+
+
+def test_nonsense_is_refused(bench: Bench, cluster: Callable[..., Frame], rng: np.random.Generator) -> None:
+    """Training labels with random forces make an update that held-out labels refuse, and nothing of the learner has changed."""
+    good = bench.learner.readout.copy()
+
+    def random_forces(told: Label) -> Label:
+        forces: Array = 30.0 * rng.standard_normal(told.forces.shape)
+        return Label(told.energy, forces, told.method, 0.0)
+
+    for _ in range(6):
+        assert bench.flag(cluster())
+    roles = []
+    while (chosen := bench.learner.next_frame()) is not None:
+        roles.append(bench.label_next(random_forces if chosen.role is Role.TRAIN else lambda told: told))
+    verdict = bench.learner.update()
+
+    assert roles.count(Role.HOLDOUT) == 2
+    assert isinstance(verdict, Refusal)
+    assert "held-out" in verdict.reason
+    np.testing.assert_array_equal(bench.learner.readout, good)
+
+
+def test_an_update_that_cannot_be_computed_is_refused(bench: Bench) -> None:
+    """Without any label there is no scale and no fit: a refusal with a reason, not an exception."""
+    verdict = bench.learner.update()
+
+    assert isinstance(verdict, Refusal)
+    assert verdict.reason
+
+
+def test_a_label_of_another_frame_is_a_failure(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """Forces of another number of atoms are not stored as a label: the task fails with a reason, now and after a restart."""
+    bench.flag(cluster())
+    chosen = bench.learner.next_frame()
+    assert chosen is not None
+    task = bench.store.start_task(chosen.frame, "label-0", 1)
+
+    assert not bench.learner.label(task, chosen.frame, Label(-1.0, np.zeros((5, 3)), METHOD, 0.0))
+    assert bench.store.labels() == []
+    assert bench.store.failures() == [(chosen.frame, "the label has forces of 5 atoms, its frame has 6")]
+
+
+def test_a_frame_without_a_finite_uncertainty_is_only_a_flag(bench: Bench) -> None:
+    """Atoms on top of each other have force rows that are not finite: the frame is kept, not queued, and nothing else happens."""
+    frame = Frame(np.array([1, 1]), np.zeros((2, 3)))
+
+    assert not bench.learner.candidate(
+        frame, session="s", step=1, reason=Reason.UNCERTAIN, score=0.5, lpr=0.1, version=0, energy=0.0, forces=np.zeros((2, 3))
+    )
+    assert bench.store.counts()["flags"] == 1
+    assert bench.store.pending() == []
+
+
+def test_only_audits_lower_the_quantile(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """A label that lay within the score lowers the quantile if the frame was picked at random, and not if the score picked it."""
+    start = bench.learner.quantile.q
+
+    def as_served(told: Label) -> Label:
+        frame = bench.store.frame(chosen)
+        return Label(told.energy, bench.toy.predict([frame])[0].forces, told.method, 0.0)
+
+    for reason, lower in ((Reason.INITIAL, False), (Reason.UNCERTAIN, False), (Reason.AUDIT, True)):
+        assert bench.flag(cluster(), reason)
+        waiting = bench.learner.next_frame()
+        assert waiting is not None
+        chosen = waiting.frame
+        bench.label_next(as_served)
+        assert (bench.learner.quantile.q < start) is lower
+
+
+def test_the_scale_needs_a_frame_with_both_numbers(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """The scale of the cheap score is unknown until a frame came with a score above zero, and again after a swap."""
+    assert not bench.learner.scale.known
+    bench.flag(cluster(), lpr=float("nan"))
+    assert not bench.learner.scale.known
+    bench.flag(cluster(), lpr=0.2)
+    assert bench.learner.scale.known
+
+    bench.learner.serve(bench.learner.readout, bench.learner.covariance)
+    assert not bench.learner.scale.known
+
+
+def test_the_queue_is_bounded(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """However many frames are flagged, no more wait than the queue holds, and no more are accepted than the budget has labels."""
+    bench = make_bench(Limits(force_error=1e-6, budget=6, queue=3))
+    for _ in range(12):
+        bench.flag(cluster())
+    assert len(bench.store.pending()) == 3
+
+    for _ in range(20):
+        if bench.learner.next_frame() is not None:
+            bench.label_next()
+        bench.flag(cluster())
+    assert bench.store.counts()["converged"] + bench.store.counts()["pending"] == 6
