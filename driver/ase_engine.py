@@ -56,13 +56,13 @@ def main(task_file: str) -> None:
 
 def _start(task: dict[str, Any]) -> tuple[Any, int]:
     from ase.io import read
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+    from ase.md.velocitydistribution import thermalize_momenta
 
     if Path("md.traj").exists() and Path("md.traj").stat().st_size:
         atoms = read("md.traj", index=-1)
         return atoms, int(atoms.info.get("step", 0))
     atoms = read(task["template"])
-    MaxwellBoltzmannDistribution(atoms, temperature_K=task["temperature"], rng=np.random.default_rng(task["seed"]))
+    thermalize_momenta(atoms, temperature_K=task["temperature"], rng=np.random.default_rng(task["seed"]))
     return atoms, 0
 
 

@@ -10,6 +10,11 @@ from typing import Any, TextIO
 
 from tumbaga.online.store import FILE, Store
 
+_FILES = {
+    "store.sqlite": "every flagged frame, label, failure and version",
+    "versions": "every set of weights, loadable by itself as -m painn:FILE",
+    "log": "one file a process",
+}
 _PLAIN_S = 5.0  # between two lines where nobody watches a terminal
 
 
@@ -92,8 +97,8 @@ def summary(run_dir: Path, status: dict[str, Any], files: list[Path]) -> str:
         lines.append(f"  the evaluator was restarted {status['evaluator_restarts']} times; no force call was lost")
     lines += _learning(run_dir, status)
     lines += [f"  ! {error}" for error in status["errors"][-5:]]
-    lines += ["", "files", f"  {run_dir}/", "    store.sqlite   every flagged frame, label, failure and version"]
-    lines += ["    versions/      every set of weights, loadable by itself as -m painn:FILE", "    log/           one file a process"]
+    lines += ["", "files", f"  {run_dir}/"]
+    lines += [f"    {name:14s} {what}" for name, what in _FILES.items() if (run_dir / name).exists()]
     lines += [f"    {path.relative_to(run_dir)}" for path in files]
     lines += ["", "next", f"  tumbaga status {run_dir}"]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from ase import units
 from ase.calculators.socketio import SocketIOCalculator
 from ase.io import read
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.velocitydistribution import thermalize_momenta
 
 cluster = str(files("tumbaga.driver") / "data" / "cuau-water.xyz")
 name = f"example-{os.getpid()}"
@@ -33,7 +33,7 @@ with tempfile.TemporaryDirectory() as folder:
         with SocketIOCalculator(unixsocket=name) as calculator:
             atoms.calc = calculator
             generator = np.random.default_rng(0)
-            MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=generator)
+            thermalize_momenta(atoms, temperature_K=300, rng=generator)
             # fixcm=False: with the default, ASE overheats small clusters
             dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs, fixcm=False, rng=generator)
             dynamics.attach(lambda: print(f"step {dynamics.nsteps:4d}  {atoms.get_potential_energy():10.4f} eV"), interval=50)
