@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.backends.painn_pairs import Core, pairs
+from tumbaga.driver.backends.painn_rows import feature_jacobian
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import ForceRows, PotentialSpec
 from tumbaga.online.records import Array, Frame, Ints, Prediction
@@ -149,15 +150,13 @@ class PaiNN:
         graph = self._graph([frame])
         width = self.hyper.n_hidden
         features, slopes = self._jacobian(graph)
-        phi = np.zeros((len(self.hyper.elements), width))
-        np.add.at(phi, graph.species, features)
-        rows = np.zeros((3 * len(frame), self.spec.n_columns))
-        for species, gradients in slopes.items():  # gradients: (n_hidden, n_pairs, 3)
-            block = _scattered(graph, gradients.transpose(1, 2, 0))
-            rows[:, species * width : (species + 1) * width] = block.reshape(-1, width)
+        phi, rows = np.zeros((len(self.hyper.elements), width)), np.zeros((3 * len(frame), len(self.hyper.elements), width))
+        for one in np.unique(graph.species):
+            phi[one] = features[graph.species == one].sum(axis=0)
+            rows[:, one] = -slopes[:, graph.species == one].sum(axis=1).reshape(-1, width)
         core, core_gradients = self._core(graph.species[graph.first], graph.species[graph.second], graph.vectors)
         fixed = float(self._reference[graph.species].sum() + core.sum())
-        return ForceRows(phi.reshape(-1), rows, fixed, _scattered(graph, core_gradients))
+        return ForceRows(phi.reshape(-1), rows.reshape(len(rows), -1), fixed, _scattered(graph, core_gradients))
 
     def state(self, readout: Array | None = None) -> dict[str, np.ndarray]:
         """All tensors by name: the network's in the dtype they run in, "readout" (its own or the given one) and "reference" in float64; copies."""
@@ -202,19 +201,13 @@ class PaiNN:
         (gradients,) = torch.autograd.grad(features, vectors, seed)
         return _numpy(features), _numpy(gradients)
 
-    def _jacobian(self, graph: Graph) -> tuple[Array, dict[int, Array]]:
-        """Features, and for each present species the gradients of its summed features, (n_hidden, n_pairs, 3); float64."""
+    def _jacobian(self, graph: Graph) -> tuple[Array, Array]:
+        """Features of one frame, and how they change with the positions (see ``feature_jacobian``); float64 arithmetic."""
         if self._exact is None:
             self._exact = copy.deepcopy(self._network).double()
         vectors, first, second, species = self._tensors(graph, torch.float64)
-        features = self._exact(vectors, first, second, species)
-        units = torch.eye(self.hyper.n_hidden, dtype=torch.float64, device=self._device)
-        slopes = {}
-        for one in np.unique(graph.species).tolist():
-            seeds = units[:, None, :] * (species == one)[None, :, None]
-            (gradients,) = torch.autograd.grad(features, vectors, seeds, retain_graph=True, is_grads_batched=True)
-            slopes[one] = _numpy(gradients)
-        return _numpy(features), slopes
+        features, slopes = feature_jacobian(self._exact, vectors, first, second, species)
+        return _numpy(features), _numpy(slopes)
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32") -> PaiNN:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-_SOFT = 1e-3  # added under the root of squared vector norms: keeps all derivatives finite where a vector feature vanishes
+SOFT: Final = 1e-3  # added under the root of squared vector norms: keeps all derivatives finite where a vector feature vanishes
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Network(nn.Module):
 
     def _update(self, layer: int, scalars: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
         left, right = self.mix[layer](vector).chunk(2, dim=2)
-        norm = ((right * right).sum(dim=1) + _SOFT).sqrt()
+        norm = ((right * right).sum(dim=1) + SOFT).sqrt()
         gates = self.update_out[layer](silu(self.update_in[layer](torch.cat((scalars, norm), dim=1))))
         parts = gates.chunk(gates.shape[1] // self.hyper.channels, dim=1)
         scalars = torch.addcmul(scalars + parts[0], parts[1], (left * right).sum(dim=1))

@@ -21,7 +21,7 @@ class DataSet:
     """Labelled frames; energies are GFN2-xTB totals in eV, forces eV/Å, float64.
 
     Attributes:
-        kinds: how each frame was made: md300, md600, rattle, scale, push, dimer, model.
+        kinds: how each frame was made: md300, md600, rattle, scale, push, atom, dimer, model.
         trajectories: the job each frame comes from; distorted frames of a start form one of their own.
         steps: where in its trajectory a frame stands.
     """
@@ -63,7 +63,7 @@ def splits(data: DataSet) -> dict[str, npt.NDArray[np.int64]]:
         block[rows[len(rows) - len(rows) // 10 :]] = True
     # a frame's lot depends on its own content, so it stays where it is when the data set grows
     lots = np.array([np.random.default_rng([_SPLIT_SEED, int(frame.key, 16) % 2**32]).random() for frame in data.frames])
-    random = (lots < 0.05) & (data.kinds != "dimer")
+    random = (lots < 0.05) & ~np.isin(data.kinds, ("dimer", "atom"))
     return {
         "train": np.flatnonzero(~unseen & ~block & ~random),
         "random": np.flatnonzero(~unseen & ~block & random),

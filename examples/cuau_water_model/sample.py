@@ -3,8 +3,12 @@
 Every job (one composition, one start) is seeded by its own name, so jobs can run in any order and in several processes.
 Finished jobs are kept in --parts and skipped the next time; --merge packs all parts into one file.
 
-    python examples/cuau_water_model/sample.py --parts /tmp/parts            # about 15 minutes on one core
-    python examples/cuau_water_model/sample.py --parts /tmp/parts --merge    # writes data/cuau-water.npz
+    python examples/cuau_water_model/sample.py --parts parts            # about 20 minutes on one core
+    python examples/cuau_water_model/sample.py --parts parts --model painn:first.safetensors
+    python examples/cuau_water_model/sample.py --parts parts --merge    # writes data/cuau-water.npz
+
+The second line is the second round: MD under a potential trained on the first round visits what that potential believes in,
+and GFN2 tells it where it is wrong.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +34,9 @@ from ase.data import atomic_masses, atomic_numbers, covalent_radii
 from ase.units import Bohr, Hartree, fs, kB
 from tblite.interface import Calculator
 
+from tumbaga.driver.backends.painn import PaiNN, load
+from tumbaga.online.records import Frame
+
 Array = npt.NDArray[np.float64]
 
 HERE = Path(__file__).parent
@@ -37,6 +45,9 @@ TIMESTEP = 1.0 * fs
 FRICTION = 0.02 / fs
 WALL_STIFFNESS = 1.0  # eV/Å²
 WALL_MARGIN = 1.5  # Å beyond the outermost atom of the start
+
+
+ForcesOf = Callable[[Array], tuple[float, Array]]  # positions (Å) to energy (eV) and forces (eV/Å)
 
 
 class Plan(NamedTuple):
@@ -65,6 +76,20 @@ PLANS = (
     Plan("Cu4Au2(H2O)3", 4, 35, 15, 0),
     Plan("(H2O)8", 4, 40, 15, 5),
     Plan("Cu2Au4(H2O)8", 4, 25, 10, 3),
+)
+# the second round: frames a start and stride only; "distorted" is not used
+MODEL_PLANS = (
+    Plan("CuAu(H2O)2", 8, 60, 40, 0),
+    Plan("CuAu(H2O)1", 2, 40, 40, 0),
+    Plan("(H2O)4", 2, 40, 40, 0),
+    Plan("CuAu(H2O)4", 4, 50, 40, 0),
+    Plan("Cu2Au2(H2O)2", 4, 40, 40, 0),
+    Plan("Cu2(H2O)3", 2, 40, 40, 0),
+    Plan("Au2(H2O)3", 2, 40, 40, 0),
+    Plan("Cu4Au4(H2O)2", 4, 30, 30, 0),
+    Plan("Cu2Au4(H2O)4", 4, 30, 30, 0),
+    Plan("(H2O)8", 2, 30, 40, 0),
+    Plan("Cu2Au4(H2O)8", 4, 30, 30, 0),
 )
 
 
@@ -141,7 +166,7 @@ def random_start(numbers: npt.NDArray[np.int64], rng: np.random.Generator) -> Ar
     return placed - placed.mean(axis=0)
 
 
-def relax(positions: Array, forces_of: XTB, steps: int = 60) -> Array:
+def relax(positions: Array, forces_of: ForcesOf, steps: int = 60) -> Array:
     """Take the worst strain out of a random start: damped steepest descent with steps of at most 0.1 Å."""
     for _ in range(steps):
         forces = forces_of(positions)[1]
@@ -150,10 +175,30 @@ def relax(positions: Array, forces_of: XTB, steps: int = 60) -> Array:
     return positions
 
 
+class Served:
+    """The forces of a potential for one composition; RuntimeError where they are beyond any sense, which ends a trajectory."""
+
+    def __init__(self, potential: PaiNN, numbers: npt.NDArray[np.int64]) -> None:
+        self._potential, self._numbers = potential, numbers
+
+    def __call__(self, positions: Array) -> tuple[float, Array]:
+        """Return energy (eV) and forces (eV/Å)."""
+        said = self._potential.predict([Frame(self._numbers, positions)])[0]
+        if not said.finite or np.abs(said.forces).max() > MAX_FORCE:
+            raise RuntimeError("the potential left the physical range")
+        return said.energy, said.forces
+
+
 def langevin(
-    numbers: npt.NDArray[np.int64], positions: Array, forces_of: XTB, kelvin: float, steps: int, rng: np.random.Generator
-) -> Iterator[Array]:
-    """Yield positions of Langevin MD (BAOAB splitting) inside a soft spherical wall.
+    numbers: npt.NDArray[np.int64],
+    positions: Array,
+    forces_of: ForcesOf,
+    kelvin: float,
+    rng: np.random.Generator,
+    timestep: float = TIMESTEP,
+    wall: bool = True,
+) -> Iterator[tuple[Array, Array]]:
+    """Yield positions (Å) and velocities (ASE units) of Langevin MD (BAOAB splitting), without end; in a soft spherical wall if wanted.
 
     The centre of mass is left to the thermostat: taking it out of the noise overheats small clusters.
     Source: Leimkuhler, Matthews, Appl. Math. Res. eXpress 2013, 34.
@@ -161,20 +206,20 @@ def langevin(
     masses = atomic_masses[numbers][:, None]
     thermal = np.sqrt(kB * kelvin / masses)
     velocities = thermal * rng.normal(size=positions.shape)
-    decay = np.exp(-FRICTION * TIMESTEP)
-    radius = np.linalg.norm(positions - positions.mean(axis=0), axis=1).max() + WALL_MARGIN
+    decay = np.exp(-FRICTION * timestep)
+    radius = np.linalg.norm(positions - positions.mean(axis=0), axis=1).max() + WALL_MARGIN if wall else np.inf
     forces = _walled(positions, forces_of, radius)
-    for _ in range(steps):
-        velocities += 0.5 * TIMESTEP * forces / masses
-        positions = positions + 0.5 * TIMESTEP * velocities
+    while True:
+        velocities = velocities + 0.5 * timestep * forces / masses
+        positions = positions + 0.5 * timestep * velocities
         velocities = decay * velocities + np.sqrt(1 - decay**2) * thermal * rng.normal(size=positions.shape)
-        positions = positions + 0.5 * TIMESTEP * velocities
+        positions = positions + 0.5 * timestep * velocities
         forces = _walled(positions, forces_of, radius)
-        velocities += 0.5 * TIMESTEP * forces / masses
-        yield positions
+        velocities = velocities + 0.5 * timestep * forces / masses
+        yield positions, velocities
 
 
-def _walled(positions: Array, forces_of: XTB, radius: float) -> Array:
+def _walled(positions: Array, forces_of: ForcesOf, radius: float) -> Array:
     centred = positions - positions.mean(axis=0)
     distance = np.linalg.norm(centred, axis=1, keepdims=True)
     excess = np.maximum(distance - radius, 0.0)
@@ -234,25 +279,50 @@ def cluster_job(plan: Plan, start: int, label: Labeller) -> list[Sampled]:
     kelvin = 300.0 if start % 2 == 0 else 600.0
     positions = relax(random_start(numbers, rng), XTB("GFN1-xTB", numbers))
     mover = XTB("GFN2-xTB" if start % 3 == 2 else "GFN1-xTB", numbers)
-    found: list[Sampled | None] = []
-    visited = [positions]
-    trajectory = langevin(numbers, positions, mover, kelvin, (plan.frames + 5) * plan.stride, rng)
-    try:
-        for step, positions in enumerate(trajectory, 1):
-            if step % plan.stride == 0 and step > 5 * plan.stride:
-                found.append(label(numbers, positions, f"md{kelvin:.0f}", name, step))
-                visited.append(positions)
-    except RuntimeError:
-        print(f"  {name}: the SCF of the sampler failed at frame {len(visited)}; keeping what there is")
+    found, visited = followed(numbers, positions, mover, kelvin, plan, (f"md{kelvin:.0f}", name), label, rng)
     for number in range(plan.distorted):
         kind, positions = distort(numbers, visited[rng.integers(len(visited))], rng)
         found.append(label(numbers, positions, kind, name + "/distorted", number))
     return [frame for frame in found if frame is not None]
 
 
+def model_job(plan: Plan, start: int, label: Labeller, potential: PaiNN) -> list[Sampled]:
+    """Label what MD under a potential visits: from a random start, at 300 K, 600 K and 450 K in turn."""
+    name = f"{plan.formula}/{start}/model"
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    numbers = composition(plan.formula)
+    positions = relax(random_start(numbers, rng), XTB("GFN1-xTB", numbers))
+    found, _ = followed(numbers, positions, Served(potential, numbers), (300.0, 600.0, 450.0)[start % 3], plan, ("model", name), label, rng)
+    return [frame for frame in found if frame is not None]
+
+
+def followed(
+    numbers: npt.NDArray[np.int64],
+    positions: Array,
+    mover: ForcesOf,
+    kelvin: float,
+    plan: Plan,
+    names: tuple[str, str],
+    label: Labeller,
+    rng: np.random.Generator,
+) -> tuple[list[Sampled | None], list[Array]]:
+    """Run one trajectory; return its labelled frames and all positions it visited. names: the kind and the trajectory."""
+    found: list[Sampled | None] = []
+    visited = [positions]
+    trajectory = langevin(numbers, positions, mover, kelvin, rng)
+    try:
+        for step, (here, _) in enumerate(islice(trajectory, (plan.frames + 5) * plan.stride), 1):
+            if step % plan.stride == 0 and step > 5 * plan.stride:
+                found.append(label(numbers, here, names[0], names[1], step))
+                visited.append(here)
+    except RuntimeError as error:
+        print(f"  {names[1]}: the sampler failed at frame {len(visited)} ({error}); keeping what there is")
+    return found, visited
+
+
 def dimer_job(label: Labeller) -> list[Sampled]:
-    """Scan all pairs of elements, alone, from 0.6 to 2.2 of the sum of covalent radii (doublets where the electron count is odd)."""
-    found = []
+    """Free atoms, and scans of all pairs of elements from 0.6 to 2.2 of the sum of covalent radii; doublets where the electron count is odd."""
+    found = [label(np.array([z], dtype=np.int64), np.zeros((1, 3)), "atom", f"atom/{z}", 0) for z in (1, 8, 29, 79)]
     for a, b in [(x, y) for k, x in enumerate((1, 8, 29, 79)) for y in (1, 8, 29, 79)[k:]]:
         numbers = np.array([a, b], dtype=np.int64)
         contact = covalent_radii[a] + covalent_radii[b]
@@ -295,23 +365,23 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, required=True, help="directory of finished jobs")
     parser.add_argument("--merge", action="store_true", help="pack the parts and stop")
     parser.add_argument("--output", type=Path, default=HERE / "data" / "cuau-water.npz")
+    parser.add_argument("--model", default="", help="second round: sample with this potential, e.g. painn:first.safetensors")
     parser.add_argument("--shard", default="0/1", help="k/n: do every n-th job, beginning with the k-th")
     args = parser.parse_args()
     args.parts.mkdir(parents=True, exist_ok=True)
     if args.merge:
         merge(list(args.parts.glob("*.npz")), args.output)
         return
-    # round robin over compositions, so that an early stop leaves a balanced set
-    jobs: list[tuple[Plan, int] | None] = [None]
-    jobs += [(plan, start) for start in range(max(p.starts for p in PLANS)) for plan in PLANS if start < plan.starts]
     shard, shards = (int(x) for x in args.shard.split("/"))
+    potential = load(args.model, device="cpu") if args.model else None
+    jobs = planned(MODEL_PLANS) if potential else [None, *planned(PLANS)]
     begin = time.perf_counter()
     for number, job in enumerate(jobs):
-        path = args.parts / ("dimers.npz" if job is None else f"{job[0].formula}-{job[1]}.npz")
+        path = args.parts / ("dimers.npz" if job is None else f"{job[0].formula}-{job[1]}{'-model' if potential else ''}.npz")
         if number % shards != shard or path.exists():
             continue
         label, since = Labeller(), time.perf_counter()
-        frames = dimer_job(label) if job is None else cluster_job(*job, label)
+        frames = dimer_job(label) if job is None else model_job(*job, label, potential) if potential else cluster_job(*job, label)
         if frames:
             save(frames, path)
         print(
@@ -319,6 +389,11 @@ def main() -> None:
             f"{time.perf_counter() - since:.1f} s, total {time.perf_counter() - begin:.0f} s"
         )
         sys.stdout.flush()
+
+
+def planned(plans: tuple[Plan, ...]) -> list[tuple[Plan, int] | None]:
+    """All jobs, round robin over compositions, so that an early stop leaves a balanced set."""
+    return [(plan, start) for start in range(max(p.starts for p in plans)) for plan in plans if start < plan.starts]
 
 
 if __name__ == "__main__":

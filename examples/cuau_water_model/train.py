@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,10 +58,15 @@ class Settings:
 
 
 def reference_energies(data: dataset.DataSet, rows: npt.NDArray[np.int64]) -> Array:
-    """Least-squares energy of each element over MD frames, eV, float64."""
+    """Energy of each element, eV, float64: the free atom's plus the smallest least-squares correction over MD frames.
+
+    Without the free atoms hydrogen and oxygen, which MD knows as water only, would share their energies absurdly.
+    """
+    free = {int(data.frames[k].numbers[0]): data.energies[k] for k in np.flatnonzero(data.kinds == "atom")}
+    atoms = np.array([free[z] for z in ELEMENTS])
     rows = rows[np.char.startswith(data.kinds[rows], "md")]
     counts = np.array([[np.sum(data.frames[k].numbers == z) for z in ELEMENTS] for k in rows], dtype=np.float64)
-    found: Array = np.linalg.lstsq(counts, data.energies[rows], rcond=None)[0]
+    found: Array = atoms + np.linalg.lstsq(counts, data.energies[rows] - counts @ atoms, rcond=1e-6)[0]
     return found
 
 
@@ -74,7 +80,8 @@ def prepare(data: dataset.DataSet, rows: npt.NDArray[np.int64], hyper: Hyper, re
         forces = data.forces[k].copy()
         np.subtract.at(forces, found.first, gradients)
         np.add.at(forces, found.second, gradients)
-        rms = np.sqrt((data.forces[k] ** 2).mean())
+        # of what the network has to explain or of the label, whichever is larger
+        rms = np.sqrt(max((data.forces[k] ** 2).mean(), (forces**2).mean()))
         items.append(
             Item(
                 torch.tensor(species),
@@ -130,7 +137,7 @@ def train(model: Model, items: list[Item], held: list[Item], settings: Settings,
         # every epoch is a permutation of its own, known from the seed and the step alone: a resumed run sees the same batches
         epoch, place = divmod(step * settings.batch, len(items) // settings.batch * settings.batch)
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(items))[place : place + settings.batch]
-        ramp = min(1.0, (step + 1) / 500) * (0.5 + 0.5 * np.cos(np.pi * step / settings.steps))
+        ramp = min(1.0, (step + 1) / 500) * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
         for group in optimiser.param_groups:
             group["lr"] = settings.rate * max(ramp, 1e-3)
         loss, force, energy = model.loss([items[k] for k in order])

@@ -1,0 +1,337 @@
+"""The embedded potential: its mathematics on a small untrained network in float64, its files, and the packaged weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase.data import covalent_radii
+from safetensors.numpy import save_file
+
+from tumbaga.driver.backends import painn_pairs
+from tumbaga.driver.backends.painn import ARCHITECTURE, PaiNN, UnknownElementError, load
+from tumbaga.driver.backends.painn_net import Hyper, Network
+from tumbaga.driver.errors import PotentialError
+from tumbaga.online.ports import Trainable
+from tumbaga.online.records import Frame
+
+ELEMENTS = (1, 8, 29, 79)
+STEP = 1e-4  # Å, central differences: an error of about 1e-8 of the third derivative
+EXACT = 1e-9  # float64 sums in another order
+SINGLE = 3e-4  # eV and eV/Å: float32 inside the network, energies of some eV
+
+
+def potential(dtype: str = "float64", layers: int = 2, seed: int = 0) -> PaiNN:
+    hyper = Hyper(ELEMENTS, cutoff=4.0, channels=16, layers=layers, n_radial=8, n_hidden=8)
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    tensors = {key: value.numpy().copy() for key, value in Network(hyper).state_dict().items()}
+    torch.random.set_rng_state(generator)
+    rng = np.random.default_rng(seed)
+    tensors |= {"readout": rng.normal(size=32), "reference": np.array([-10.0, -100.0, -110.0, -120.0])}
+    metadata = {"architecture": ARCHITECTURE, "hyper": json.dumps(asdict(hyper)), "facts": json.dumps({"level": "none", "mean_h2": 2.5})}
+    return PaiNN("painn:test", tensors, metadata, dtype=dtype)
+
+
+def cluster(n_atoms: int = 9, seed: int = 1, spread: float = 2.4) -> Frame:
+    """Random atoms, some pairs close enough for the core to act."""
+    rng = np.random.default_rng(seed)
+    return Frame(rng.choice(ELEMENTS, n_atoms), rng.uniform(-spread, spread, (n_atoms, 3)))
+
+
+def crystal(seed: int = 2) -> Frame:
+    rng = np.random.default_rng(seed)
+    cell = np.array([[4.6, 0.0, 0.0], [0.7, 4.9, 0.0], [-0.4, 0.9, 5.1]])
+    return Frame(rng.choice(ELEMENTS, 6), rng.uniform(0.0, 1.0, (6, 3)) @ cell, cell, periodic=True)
+
+
+def moved(frame: Frame, positions: np.ndarray) -> Frame:
+    return Frame(frame.numbers, positions, frame.cell, frame.periodic)
+
+
+def rotation(seed: int = 3) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0]
+
+
+@pytest.mark.parametrize("frame", [cluster(), crystal()], ids=["cluster", "crystal"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_forces_are_the_slope_of_the_energy(frame: Frame, layers: int) -> None:
+    """Forces agree with central differences of the energy."""
+    model = potential(layers=layers)
+    shifts = [(i, c, s * STEP) for i in range(len(frame)) for c in range(3) for s in (1, -1)]
+    frames = []
+    for i, c, shift in shifts:
+        positions = frame.positions.copy()
+        positions[i, c] += shift
+        frames.append(moved(frame, positions))
+    energies = np.array([p.energy for p in model.predict(frames)]).reshape(len(frame), 3, 2)
+
+    forces = model.predict([frame])[0].forces
+    scale = np.abs(forces).max()
+    assert np.abs(forces).max() > 0.1
+    np.testing.assert_allclose(forces, (energies[..., 1] - energies[..., 0]) / (2 * STEP), atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("frame", [cluster(), crystal()], ids=["cluster", "crystal"])
+def test_the_virial_is_minus_the_slope_along_strain(frame: Frame) -> None:
+    """The virial agrees with central differences over the nine strains, symmetrised."""
+    model = potential()
+    numeric = np.zeros((3, 3))
+    for a in range(3):
+        for b in range(3):
+            sides = []
+            for sign in (1, -1):
+                deform = np.eye(3)
+                deform[a, b] += sign * STEP
+                sides.append(Frame(frame.numbers, frame.positions @ deform, frame.cell @ deform, frame.periodic))
+            up, down = model.predict(sides)
+            numeric[a, b] = -(up.energy - down.energy) / (2 * STEP)
+
+    virial = model.predict([frame])[0].virial
+    np.testing.assert_allclose(virial, 0.5 * (numeric + numeric.T), atol=2e-6 * np.abs(virial).max())
+
+
+def test_the_energy_is_invariant_and_the_forces_turn_along() -> None:
+    """Rotation, reflection, translation and renumbering change nothing but the axes and the order."""
+    model, frame, turn, order = potential(), cluster(), rotation(), np.random.default_rng(4).permutation(9)
+    plain, turned, shuffled = model.predict(
+        [frame, moved(frame, frame.positions @ turn + 7.0), Frame(frame.numbers[order], frame.positions[order])]
+    )
+
+    assert turned.energy == pytest.approx(plain.energy, abs=EXACT * 1e3)
+    np.testing.assert_allclose(turned.forces, plain.forces @ turn, atol=1e-7)
+    np.testing.assert_allclose(turned.virial, turn.T @ plain.virial @ turn, atol=1e-7)
+    assert shuffled.energy == pytest.approx(plain.energy, abs=EXACT * 1e3)
+    np.testing.assert_allclose(shuffled.forces, plain.forces[order], atol=1e-7)
+    np.testing.assert_allclose(plain.forces.sum(axis=0), 0.0, atol=1e-9 * np.abs(plain.forces).max())
+
+
+def test_a_batch_says_what_its_frames_say_alone() -> None:
+    """Frames of different sizes, with and without a cell, do not feel one another."""
+    model = potential()
+    frames = [cluster(9), crystal(), cluster(1), cluster(5, seed=5), Frame([79, 29], [[0, 0, 0], [90.0, 0, 0]])]
+    for together, frame in zip(model.predict(frames), frames, strict=True):
+        alone = model.predict([frame])[0]
+        assert together.energy == pytest.approx(alone.energy, abs=EXACT * 1e2)
+        np.testing.assert_allclose(together.forces, alone.forces, atol=1e-7)
+        np.testing.assert_allclose(together.virial, alone.virial, atol=1e-7)
+        np.testing.assert_allclose(together.features, alone.features, atol=EXACT)
+    assert model.predict([]) == []
+
+
+def test_float32_follows_float64() -> None:
+    """Single precision inside the network costs a fraction of an meV; the core and the sums stay in float64."""
+    frame = cluster(9, spread=3.5)
+    single, double = potential("float32").predict([frame])[0], potential("float64").predict([frame])[0]
+
+    assert single.energy == pytest.approx(double.energy, abs=SINGLE)
+    np.testing.assert_allclose(single.forces, double.forces, atol=SINGLE)
+    assert single.forces.dtype == single.virial.dtype == single.features.dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_features_and_readout_give_the_energy(dtype: str) -> None:
+    """E = phi · w + fixed, with phi summed from the features of a plain prediction."""
+    model, frame = potential(dtype), cluster()
+    said, rows = model.predict([frame])[0], model.force_rows(frame)
+    phi = np.zeros((4, 8))
+    np.add.at(phi, np.searchsorted(ELEMENTS, frame.numbers), said.features)
+
+    assert isinstance(model, Trainable)
+    assert model.spec.n_columns == model.readout().size == 32
+    np.testing.assert_allclose(rows.phi, phi.reshape(-1), atol=1e-5 if dtype == "float32" else EXACT)
+    assert said.energy == pytest.approx(float(phi.reshape(-1) @ model.readout()) + rows.energy_fixed, abs=1e-8)
+
+
+@pytest.mark.parametrize("frame", [cluster(), crystal(), cluster(1)], ids=["cluster", "crystal", "atom"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_force_rows_give_the_forces_of_any_readout(frame: Frame, layers: int) -> None:
+    """rows @ w + fixed are the forces under w, whatever w; columns of absent elements are zero."""
+    model = potential(layers=layers)
+    rows = model.force_rows(frame)
+    for w in (model.readout(), np.random.default_rng(6).normal(size=32)):
+        served = model.predict([frame], w[None])[0]
+        np.testing.assert_allclose((rows.rows @ w).reshape(-1, 3) + rows.forces_fixed, served.forces, atol=1e-8 * (1 + np.abs(served.forces).max()))
+        assert served.energy == pytest.approx(float(rows.phi @ w) + rows.energy_fixed, abs=1e-8)
+    absent = [k for k, z in enumerate(ELEMENTS) if z not in frame.numbers]
+    assert not rows.rows.reshape(-1, 4, 8)[:, absent].any()
+
+
+def test_each_frame_is_served_by_its_own_readout() -> None:
+    """One batch, different weights a frame: the ramps of different sessions do not mix."""
+    model, frames = potential(), [cluster(9), cluster(5, seed=5), cluster(9)]
+    weights = np.random.default_rng(7).normal(size=(3, 32))
+    for k, together in enumerate(model.predict(frames, weights)):
+        alone = model.predict([frames[k]], weights[k : k + 1])[0]
+        assert together.energy == pytest.approx(alone.energy, abs=1e-7)
+        np.testing.assert_allclose(together.forces, alone.forces, atol=1e-7)
+
+
+def test_a_supercell_is_its_cells() -> None:
+    """Twice the cell is twice the energy, and the same forces."""
+    model, frame = potential(), crystal()
+    double = Frame(
+        np.tile(frame.numbers, 2), np.concatenate([frame.positions, frame.positions + frame.cell[1]]), frame.cell * [[1], [2], [1]], periodic=True
+    )
+    one, two = model.predict([frame, double])
+
+    assert two.energy == pytest.approx(2 * one.energy, abs=1e-7)
+    np.testing.assert_allclose(two.forces, np.tile(one.forces, (2, 1)), atol=1e-7)
+    np.testing.assert_allclose(two.virial, 2 * one.virial, atol=1e-6)
+
+
+def test_unwrapped_positions_are_the_same_crystal() -> None:
+    """Atoms that ran 100 cells away give the energy and forces of the wrapped ones."""
+    model, frame = potential(), crystal()
+    images = np.random.default_rng(8).integers(-100, 101, (len(frame), 3))
+    near, far = model.predict([frame, moved(frame, frame.positions + images @ frame.cell)])
+
+    assert far.energy == pytest.approx(near.energy, abs=1e-7)
+    np.testing.assert_allclose(far.forces, near.forces, atol=1e-6)
+
+
+def test_both_neighbour_lists_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small clusters take a dense list, large ones vesin: same pairs, same vectors."""
+    frame = cluster(30, spread=5.0)
+    dense = painn_pairs.pairs(frame, 4.0)
+    monkeypatch.setattr(painn_pairs, "DENSE_LIMIT", 0)
+    listed = painn_pairs.pairs(frame, 4.0)
+
+    np.testing.assert_array_equal(dense.first, listed.first)
+    np.testing.assert_array_equal(dense.second, listed.second)
+    np.testing.assert_allclose(dense.vectors, listed.vectors, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_atom_alone_feels_nothing(dtype: str) -> None:
+    """No pairs: zero forces and virial, a finite energy, features of the right shape."""
+    said = potential(dtype).predict([Frame([79], [[1.0, 2.0, 3.0]])])[0]
+
+    assert np.isfinite(said.energy)
+    assert not said.forces.any()
+    assert not said.virial.any()
+    assert said.features.shape == (1, 8)
+
+
+def test_coinciding_atoms_give_no_finite_lie() -> None:
+    """Two atoms in one place are answered with non-finite numbers, not with an exception."""
+    assert not potential().predict([Frame([1, 8], np.zeros((2, 3)))])[0].finite
+
+
+@pytest.mark.parametrize("edge", [painn_pairs.CORE_INNER, painn_pairs.CORE_OUTER])
+def test_the_core_is_smooth_where_it_is_switched(edge: float) -> None:
+    """Energy, slope and curvature have no step at either end of the switch."""
+    core, contact = painn_pairs.Core(ELEMENTS), covalent_radii[29] + covalent_radii[8]
+    r = contact * edge + np.array([-1e-6, 1e-6])
+    second, first = np.full(2, 1), np.full(2, 2)
+    energies, gradients = core(first, second, np.stack([r, 0 * r, 0 * r], axis=1))
+    beyond = core(first, second, np.stack([r + 1e-4, 0 * r, 0 * r], axis=1))[1]
+    before = core(first, second, np.stack([r - 1e-4, 0 * r, 0 * r], axis=1))[1]
+
+    slope = abs(gradients).max() + 1.0
+    assert abs(energies[1] - energies[0]) < 1e-5 * slope
+    assert abs(gradients[1, 0] - gradients[0, 0]) < 1e-3 * slope
+    assert np.ptp(np.concatenate([beyond, before])[:, 0]) < 0.02 * slope
+
+
+@pytest.mark.parametrize(("a", "b"), list(combinations_with_replacement(ELEMENTS, 2)))
+def test_every_pair_repels_at_short_distance(a: int, b: int) -> None:
+    """The packaged potential: between 0.5 and 0.65 of the sum of covalent radii every pair is pushed apart, ever harder inwards than at 0.65."""
+    model, contact = load("painn:cuau-water", device="cpu"), covalent_radii[a] + covalent_radii[b]
+    scan = np.linspace(0.5, 1.0, 26)
+    said = model.predict([Frame([a, b], [[0, 0, 0], [factor * contact, 0, 0]]) for factor in scan])
+    push = np.array([p.forces[1, 0] for p in said])
+    energies = np.array([p.energy for p in said])
+
+    assert np.isfinite(push).all()
+    assert push[scan <= 0.66].min() > 1.0
+    assert energies[0] > energies.min() + 5.0
+    assert energies.argmin() >= 5  # no hole near the nucleus
+
+
+def test_an_unknown_element_is_refused_with_a_sentence() -> None:
+    """The error names the element and the known ones, and survives pickling."""
+    with pytest.raises(UnknownElementError, match="it does not know Pt; it knows H, O, Cu, Au") as caught:
+        potential().predict([Frame([1, 78], [[0, 0, 0], [2.0, 0, 0]])])
+    with pytest.raises(UnknownElementError):
+        potential().force_rows(Frame([78], [[0, 0, 0]]))
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_files_that_do_not_serve_are_refused_with_a_sentence(tmp_path: Path) -> None:
+    """Missing, damaged, foreign and incomplete files each say what is wrong."""
+    with pytest.raises(PotentialError, match=r"there is no file .*; packaged are painn:cuau-water"):
+        load("painn:" + str(tmp_path / "none.safetensors"))
+    damaged = tmp_path / "damaged.safetensors"
+    whole = tmp_path / "whole.safetensors"
+    model = potential()
+    save_file(model.state(), whole, model.metadata)
+    damaged.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(PotentialError, match="cannot be read as safetensors; it is damaged"):
+        load(f"painn:{damaged}")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(model.state(), foreign, {"architecture": "schnet"})
+    with pytest.raises(PotentialError, match="declares the architecture 'schnet'"):
+        load(f"painn:{foreign}")
+    lacking = tmp_path / "lacking.safetensors"
+    save_file({k: v for k, v in model.state().items() if k != "embedding"}, lacking, model.metadata)
+    with pytest.raises(PotentialError, match="lacks the tensor 'embedding'"):
+        load(f"painn:{lacking}")
+    with pytest.raises(PotentialError, match="has shape"):
+        model.with_state({**model.state(), "embedding": np.zeros((2, 2))})
+
+
+def test_saved_and_loaded_is_the_same_potential(tmp_path: Path) -> None:
+    """State and metadata round-trip bit for bit, beside tensors of others; `with_state` takes a new readout."""
+    model, path, frame = potential("float32"), tmp_path / "v.safetensors", cluster()
+    save_file({**model.state(), "last_layer.covariance": np.eye(32)}, path, {**model.metadata, "tumbaga": "{}"})
+    again = load(f"painn:{path}", device="cpu")
+    changed = model.with_state({**model.state(), "readout": 2 * model.readout()})
+
+    assert again.spec.mean_h2 == 2.5
+    assert again.predict([frame])[0].energy == model.predict([frame])[0].energy
+    np.testing.assert_array_equal(again.predict([frame])[0].forces, model.predict([frame])[0].forces)
+    np.testing.assert_array_equal(changed.predict([frame])[0].forces, model.predict([frame], 2 * model.readout()[None])[0].forces)
+
+
+_DIGEST = """
+import hashlib, numpy as np, torch
+from tumbaga.driver.backends.painn import load
+from tumbaga.online.records import Frame
+torch.set_num_threads(1)
+rng = np.random.default_rng(9)
+frames = [Frame(rng.choice((1, 8, 29, 79), n), rng.uniform(-3, 3, (n, 3))) for n in (8, 17, 60)]
+digest = hashlib.sha256()
+model = load("painn:cuau-water", device="cpu")
+for said in model.predict(frames) + model.predict(frames):
+    for part in (said.energy, said.forces, said.virial, said.features):
+        digest.update(np.asarray(part).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_two_processes_agree_to_the_last_bit() -> None:
+    """A restarted evaluator continues the trajectory that the killed one began: same batch, same bits."""
+    children = [subprocess.Popen([sys.executable, "-c", _DIGEST], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [child.communicate()[0].strip() for child in children]
+
+    assert said[0] == said[1]
+    assert len(said[0]) == hashlib.sha256().digest_size * 2
+
+
+def test_the_packaged_potential_declares_itself() -> None:
+    """Elements, cutoff, level of theory and the prior's scale stand in the weights file."""
+    spec = load("painn:cuau-water").spec
+
+    assert spec.elements == ELEMENTS
+    assert (spec.n_hidden, spec.cutoff, spec.level) == (32, 5.0, "GFN2-xTB")
+    assert spec.mean_h2 > 0
