@@ -158,7 +158,9 @@ def load(run_dir: Path) -> Config:
     """
     path = run_dir / FILE
     try:
-        return parse(path.read_text(), str(path))
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "is no text file") from error
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read ({error.strerror}); is this a run directory?") from error
 
