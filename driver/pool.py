@@ -29,6 +29,7 @@ class Job:
         mix: versions to serve it with.
         crashes: evaluators that died with it.
         second: whether it is tried again, with another version, because the first answer was not fit to serve.
+        alone: whether it is under suspicion, because a batch with it went wrong: then it goes in a batch of its own.
     """
 
     session: str
@@ -37,6 +38,7 @@ class Job:
     mix: Mix
     crashes: int = 0
     second: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +88,10 @@ class Pool:
     # -- versions --------------------------------------------------------------------------------------------------------------------
 
     def require(self, version: int, path: str, in_use: set[int]) -> None:
-        """See to it that every evaluator, now and later, holds this version; versions outside `in_use` may be let go."""
-        self._paths = {v: p for v, p in self._paths.items() if v in in_use} | {version: path}
+        """See to it that every evaluator, now and later, holds this version; versions that neither `in_use` nor a frame names may go."""
+        jobs = [*self._waiting, *(job for evaluator in self._evaluators.values() for job in evaluator.jobs)]
+        kept = in_use | {v for job in jobs for v in job.mix[:2]}
+        self._paths = {v: p for v, p in self._paths.items() if v in kept} | {version: path}
         for name, evaluator in self._evaluators.items():
             self._load(name, evaluator, version)
 
@@ -136,6 +140,7 @@ class Pool:
     def _again(self, lost: list[Job]) -> list[Outcome]:
         for job in lost:
             job.crashes += 1
+            job.alone = True  # one of them may be the cause: the others must not be there when it happens again
         self._waiting[:0] = [job for job in lost if job.crashes < MAX_CRASHES]
         sentence = f"the evaluator died {MAX_CRASHES} times on this frame"
         return [Outcome(job, None, error=sentence) for job in lost if job.crashes >= MAX_CRASHES]
@@ -149,15 +154,18 @@ class Pool:
         self._waiting = [job for job in self._waiting if job.session != session]
 
     def dispatch(self) -> None:
-        """Give everything that waits, as one ragged batch, to a free evaluator, if there is one."""
+        """Give everything that waits, as one ragged batch, to a free evaluator, if there is one; frames under suspicion go one by one."""
         for name, evaluator in self._evaluators.items():
             if not self._waiting:
                 return
-            if not evaluator.jobs and self._send(name, evaluator):
-                self._waiting = []
+            if evaluator.jobs:
+                continue
+            first_alone = self._waiting[0].alone
+            jobs = self._waiting[:1] if first_alone else [job for job in self._waiting if not job.alone]
+            if self._send(name, evaluator, jobs):
+                self._waiting = self._waiting[1:] if first_alone else [job for job in self._waiting if job.alone]
 
-    def _send(self, name: str, evaluator: _Evaluator) -> bool:
-        jobs = self._waiting
+    def _send(self, name: str, evaluator: _Evaluator, jobs: list[Job]) -> bool:
         self._batches += 1
         # a version that this evaluator does not hold yet (it was just restarted) is queued for it ahead of this batch
         frames = [job.frame for job in jobs]
@@ -173,12 +181,20 @@ class Pool:
         return True
 
     def done(self, name: str, message: bus.Evaluated, buffers: list[bytes]) -> list[Outcome]:
-        """Take an evaluator's answer; returns one outcome a frame, none for an answer that nobody waits for."""
+        """Take an evaluator's answer; returns one outcome a frame, none for an answer that nobody waits for.
+
+        A batch that ended in an error says nothing about which of its frames was the cause: they wait again, each alone.
+        """
         evaluator = self._evaluators.get(name)
         if evaluator is None or message.batch != evaluator.batch or not evaluator.jobs:
             return []
         jobs, evaluator.jobs = evaluator.jobs, []
         self.batches_done += 1
+        if message.error and len(jobs) > 1:
+            for job in jobs:
+                job.alone = True
+            self._waiting[:0] = jobs
+            return []
         if message.error:
             return [Outcome(job, None, error=message.error) for job in jobs]
         total = sum(len(job.frame) for job in jobs)
