@@ -8,6 +8,7 @@ from selectors import EVENT_WRITE
 import numpy as np
 
 from tumbaga.driver import units
+from tumbaga.online.errors import BadFrameError
 from tumbaga.online.flagging import Flagger
 from tumbaga.online.ramp import RampState
 from tumbaga.online.records import Array, Frame, Ints, Prediction
@@ -16,6 +17,8 @@ from tumbaga.socket_protocol.errors import RemoteProtocolError
 from tumbaga.socket_protocol.events import Exit, ForceReady, GetForce, Init, PosData, Status
 from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Backoff, Dialling, Stream
+
+_FLAT = 1e-6  # Å^3: a cell of less is none
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Session:
             return self._turn()
         except RemoteProtocolError as error:
             return Ended(str(error))
+        except BadFrameError as error:  # well formed on the wire, and still no structure
+            return Ended(f"the engine sent a frame that cannot be evaluated: {error}")
 
     def _turn(self) -> Asked | Ended | None:
         assert self.stream is not None
@@ -176,6 +181,8 @@ def _made_whole(positions: Array, cell: Array) -> Array:
 
     A cluster wider than half the box is taken to be folded; each atom then goes to its image nearest to the first one.
     """
+    if abs(np.linalg.det(cell)) < _FLAT:
+        return positions  # a cell without a volume, as ASE has it for a slab, folds nothing
     fractional = positions @ np.linalg.inv(cell)
     if np.ptp(fractional, axis=0).max() <= 0.5:
         return positions

@@ -1,0 +1,290 @@
+"""One conversation over a real socket pair: units, frames, and every way in which it can end."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from random import Random
+
+import numpy as np
+import pytest
+from ase import units as ase_units
+
+from tumbaga.driver.session import Asked, Ended, Session
+from tumbaga.online.ramp import RampState
+from tumbaga.online.records import Prediction
+from tumbaga.socket_protocol.connection import Connection, Role, Wait
+from tumbaga.socket_protocol.events import Event, Exit, ForceReady, GetForce, HaveData, Init, NeedInit, PosData, Ready, Status
+from tumbaga.socket_protocol.streams import Address, Backoff, Stream
+
+NUMBERS = np.array([8, 1, 1])
+EXTRAS = b'{"tumbaga_version": 0}'
+RTOL = 1e-12
+NO_CELL = np.zeros((3, 3))
+
+
+class Engine:
+    """The other end, by hand: what it sends is there at once, and so is what comes back."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.connection = Connection(Role.ENGINE)
+
+    def say(self, *events: Event) -> None:
+        self.stream.send(b"".join(self.connection.send(event) for event in events))
+
+    def hear(self) -> list[Event]:
+        heard = []
+        self.stream.receive(self.connection)
+        while not isinstance(event := self.connection.next_event(), Wait):
+            heard.append(event)
+            if isinstance(event, Exit):
+                break
+        return heard
+
+
+class Talk:
+    """A session that is connected to an engine."""
+
+    def __init__(self, session: Session, engine: Engine) -> None:
+        self.session, self.engine = session, engine
+
+    def turn(self, *events: Event) -> Asked | Ended | None:
+        """The engine says something and the session reacts."""
+        self.engine.say(*events)
+        self.session.receive()
+        return self.session.turn()
+
+    def get_ready(self, text: bytes = b" ") -> None:
+        assert self.turn(Status()) is None
+        assert self.engine.hear() == [NeedInit()]
+        assert self.turn(Init(0, text), Status()) is None
+        assert self.engine.hear() == [Ready()]
+
+
+MakeTalk = Callable[..., Talk]
+
+
+@pytest.fixture
+def make_talk() -> Iterator[MakeTalk]:
+    made: list[Talk] = []
+
+    def make(periodic: bool = False) -> Talk:
+        session = Session(Address.unix("/tmp/nobody"), NUMBERS, periodic, Backoff(Random(0)), RampState(0))
+        ours, theirs = socket.socketpair()
+        session.connected(Stream(ours, "engine"))
+        made.append(Talk(session, Engine(Stream(theirs, "session"))))
+        return made[-1]
+
+    yield make
+    for talk in made:
+        talk.session.hang_up()
+        talk.engine.stream.close()
+
+
+@pytest.fixture
+def talk(make_talk: MakeTalk) -> Talk:
+    return make_talk()
+
+
+def positions(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(1.0, 3.0, (3, 3))
+
+
+def prediction() -> Prediction:
+    rng = np.random.default_rng(9)
+    strain = rng.standard_normal((3, 3))
+    return Prediction(-17.25, rng.standard_normal((3, 3)), strain + strain.T)
+
+
+def test_a_conversation_one_message_at_a_time(talk: Talk) -> None:
+    """STATUS, INIT, STATUS, POSDATA, STATUS, GETFORCE, as ASE sends them, are answered at once or when the force is there."""
+    talk.get_ready()
+    asked = talk.turn(PosData(NO_CELL, positions()))
+    assert isinstance(asked, Asked)
+    assert (talk.session.computing, talk.session.state, talk.session.ticket) == (True, "computing", 1)
+    assert talk.turn(Status()) is None
+    assert talk.engine.hear() == []
+    assert talk.session.answer(prediction(), EXTRAS) is None
+    assert talk.engine.hear() == [HaveData()]
+    assert talk.turn(GetForce()) is None
+    (force,) = talk.engine.hear()
+
+    assert isinstance(force, ForceReady)
+    assert json.loads(force.extras) == {"tumbaga_version": 0}
+    assert (talk.session.computing, talk.session.state, talk.session.forces) == (False, "connected", 1)
+    assert talk.turn(Status()) is None
+    assert talk.engine.hear() == [Ready()]
+
+
+def test_a_conversation_in_one_write(talk: Talk) -> None:
+    """POSDATA, GETFORCE and STATUS in one write, as i-PI sends them, are one question and two answers in order."""
+    talk.get_ready()
+    for seed in range(3):
+        assert isinstance(talk.turn(PosData(NO_CELL, positions(seed)), GetForce(), Status()), Asked)
+        assert talk.engine.hear() == []
+        assert talk.session.answer(prediction(), EXTRAS) is None
+        force, ready = talk.engine.hear()
+        assert isinstance(force, ForceReady)
+        assert ready == Ready()
+
+    assert (talk.session.ticket, talk.session.forces) == (3, 3)
+
+
+def test_units_change_as_ase_has_them(make_talk: MakeTalk) -> None:
+    """Positions and cell in Bohr become Å; eV, eV/Å and virials in eV become atomic units: to 1e-12, signs and rows included."""
+    talk = make_talk(periodic=True)
+    talk.get_ready()
+    cell = np.array([[9.0, 0.1, 0.2], [0.3, 10.0, 0.4], [0.5, 0.6, 11.0]])
+    asked = talk.turn(PosData(cell, positions()), GetForce(), Status())
+    told = prediction()
+    talk.session.answer(told, EXTRAS)
+    force = talk.engine.hear()[0]
+
+    assert isinstance(asked, Asked)
+    assert asked.frame.periodic
+    assert asked.frame.numbers.tolist() == [8, 1, 1]
+    np.testing.assert_allclose(asked.frame.positions, positions() * ase_units.Bohr, rtol=RTOL)
+    np.testing.assert_allclose(asked.frame.cell, cell * ase_units.Bohr, rtol=RTOL)
+    assert isinstance(force, ForceReady)
+    assert force.energy == pytest.approx(told.energy / ase_units.Hartree, rel=RTOL)
+    np.testing.assert_allclose(force.forces, told.forces / ase_units.Hartree * ase_units.Bohr, rtol=RTOL)
+    np.testing.assert_allclose(force.virial, told.virial / ase_units.Hartree, rtol=RTOL)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        NO_CELL,
+        -1.8897261 * np.eye(3),
+        120.0 * np.eye(3),
+        np.diag([10.0, 10.0, 0.0]),
+    ],
+    ids=["ASE without a cell", "i-PI without a cell", "a vacuum box", "a slab's cell"],
+)
+def test_a_cluster_has_no_lattice(talk: Talk, cell: np.ndarray) -> None:
+    """Whatever cell the engine sends with a cluster, the frame is not periodic, has a zero cell, and its positions to the last bit."""
+    talk.get_ready()
+    asked = talk.turn(PosData(cell, positions()))
+
+    assert isinstance(asked, Asked)
+    assert not asked.frame.periodic
+    assert not asked.frame.cell.any()
+    np.testing.assert_array_equal(asked.frame.positions, positions() * (ase_units.Bohr * 1.0))
+
+
+def test_a_folded_cluster_is_made_whole(talk: Talk) -> None:
+    """A cluster that the engine folded into its vacuum box keeps all its distances."""
+    talk.get_ready()
+    box = 40.0 * np.eye(3)
+    whole = positions() + np.array([38.0, 0.0, 20.0])
+    asked = talk.turn(PosData(box, whole % 40.0))
+
+    assert isinstance(asked, Asked)
+    distances = np.linalg.norm(asked.frame.positions[:, None] - asked.frame.positions, axis=-1)
+    expected = np.linalg.norm(whole[:, None] - whole, axis=-1) * ase_units.Bohr
+    assert (whole % 40.0 != whole).any()
+    np.testing.assert_allclose(distances, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", [NO_CELL, np.diag([10.0, 10.0, 0.0]), np.diag([10.0, 10.0, 1e-9])])
+def test_a_periodic_template_needs_a_cell(make_talk: MakeTalk, cell: np.ndarray) -> None:
+    """A periodic template and a frame whose cell has no volume end the conversation with a sentence, not the process."""
+    talk = make_talk(periodic=True)
+    talk.get_ready()
+    ended = talk.turn(PosData(cell, positions()))
+
+    assert isinstance(ended, Ended)
+    assert "cell" in ended.fault
+
+
+def test_another_number_of_atoms_ends_it(talk: Talk) -> None:
+    """A frame with more atoms than the template ends the conversation, with both numbers."""
+    talk.get_ready()
+    ended = talk.turn(PosData(NO_CELL, np.ones((5, 3))))
+
+    assert isinstance(ended, Ended)
+    assert "5 atoms, 3 were expected" in ended.fault
+
+
+@pytest.mark.parametrize(("numbers", "fine"), [([8, 1, 1], True), ([1, 8, 1], False), ([8, 1], False)])
+def test_species_are_compared_where_they_are_told(talk: Talk, numbers: list[int], fine: bool) -> None:
+    """An INIT that lists the template's species in order is taken; any other list ends the conversation."""
+    talk.turn(Status())
+    assert talk.engine.hear() == [NeedInit()]
+    ended = talk.turn(Init(0, json.dumps({"numbers": numbers}).encode()), Status())
+
+    assert (ended is None) is fine
+    if not fine:
+        assert isinstance(ended, Ended)
+        assert "other species than the template" in ended.fault
+
+
+def test_junk_ends_it(talk: Talk) -> None:
+    """Bytes that are no message end the conversation with a sentence."""
+    talk.engine.stream.send(b"GET / HTTP/1.1\r\n\r\n")
+    talk.session.receive()
+    ended = talk.session.turn()
+
+    assert isinstance(ended, Ended)
+    assert "header" in ended.fault
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_an_engine_that_leaves_while_its_force_is_computed(talk: Talk, goodbye: bool) -> None:
+    """EXIT, or the end of the stream, in the middle of a computation ends the conversation without a fault, and nobody waits."""
+    talk.get_ready()
+    assert isinstance(talk.turn(PosData(NO_CELL, positions()), GetForce(), Status()), Asked)
+    if goodbye:
+        talk.engine.say(Exit())
+    talk.engine.stream.close()
+    talk.session.receive()
+
+    assert talk.session.turn() == Ended()
+    talk.session.hang_up()
+    assert not talk.session.computing
+    assert talk.session.fileno() == -1
+    assert talk.session.interest() == 0
+
+
+def test_an_engine_that_left_unseen_is_answered_into_the_void(talk: Talk) -> None:
+    """An answer to an engine whose end has not been read yet is no error, and the end is seen after it."""
+    talk.get_ready()
+    assert isinstance(talk.turn(PosData(NO_CELL, positions()), GetForce(), Status()), Asked)
+    talk.engine.stream.close()
+    assert talk.session.answer(prediction(), EXTRAS) is None
+    talk.session.receive()
+
+    assert talk.session.turn() == Ended()
+
+
+def test_an_unanswered_frame_does_not_reach_the_next_conversation(talk: Talk) -> None:
+    """After a new connection the ticket of the old frame is stale, nothing is computed, and counts begin again."""
+    talk.get_ready()
+    assert isinstance(talk.turn(PosData(NO_CELL, positions())), Asked)
+    talk.session.hang_up()
+    old = talk.session.ticket
+    ours, theirs = socket.socketpair()
+    talk.session.connected(Stream(ours, "engine"))
+    engine = Engine(Stream(theirs, "session"))
+    again = Talk(talk.session, engine)
+    assert not talk.session.computing
+    again.get_ready()
+    assert isinstance(again.turn(PosData(NO_CELL, positions())), Asked)
+
+    assert talk.session.ticket == old + 1
+    assert talk.session.forces == 0
+    talk.session.hang_up()
+    engine.stream.close()
+
+
+def test_only_an_answer_resets_what_counts_failures(talk: Talk) -> None:
+    """Refusals in a row are forgotten with the first force that is given, not with a connection."""
+    talk.session.refusals = 2
+    talk.get_ready()
+    talk.turn(PosData(NO_CELL, positions()), GetForce())
+    assert talk.session.refusals == 2
+    talk.session.answer(prediction(), EXTRAS)
+
+    assert talk.session.refusals == 0
