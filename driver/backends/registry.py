@@ -44,10 +44,10 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> Potential:
 
 
 def weights_file(name: str) -> Path | None:
-    """The weights file behind a name, for the record of a run; None for potentials without one. Imports nothing.
+    """The weights file behind a name, for the record of a run; None for potentials without one. Imports no back end but the toys.
 
     Raises:
-        PotentialError: the name is of no known kind, or its file does not exist.
+        PotentialError: the name is of no known kind, its file does not exist, or it is a toy that there is not.
     """
     kind, _, rest = name.partition(":")
     if kind not in KINDS:
@@ -55,6 +55,7 @@ def weights_file(name: str) -> Path | None:
     if name in PACKAGED:
         return PACKAGED[name]
     if kind != "painn":
+        load(name)  # nothing else could tell a misspelt toy before the processes are started
         return None
     path = Path(rest)
     if not path.is_file():

@@ -5,6 +5,7 @@ Options follow a question mark: "toy:lj?epsilon=0.0104&sigma=3.4" (eV, Å), "toy
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from urllib.parse import parse_qsl
 
@@ -113,6 +114,8 @@ def load_backend(rest: str, device: str, dtype: str) -> _Toy:
             raise PotentialError(f"toy:{rest}", f"has no option {key!r}; known are {', '.join(options) or 'none'}")
         try:
             given[key] = options[key](value)
+            if not math.isfinite(given[key]):
+                raise ValueError(value)
         except ValueError as error:
             raise PotentialError(f"toy:{rest}", f"option {key} is {value!r}, not a number") from error
     return made(**given)
