@@ -32,6 +32,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._due = 0.0
         self._deaths = 0
+        self._given_up = ""
         self.restarts = 0
 
     @property
@@ -57,7 +58,9 @@ class Child:
         self._started = self._clock()
 
     def watch(self) -> str:
-        """Look after it: restart it if it died. Returns a sentence when it cannot go on, else nothing."""
+        """Look after it: restart it if it died. Returns a sentence, from then on, when it cannot go on, else nothing."""
+        if self._given_up:
+            return self._given_up
         if self._process is None:
             if self._clock() >= self._due:
                 self.restarts += 1
@@ -69,11 +72,13 @@ class Child:
         self._close_lifeline()
         self._process = None
         if code == process.EXIT_USER:
-            return self.last_words()
+            self._given_up = self.last_words()
+            return self._given_up
         lived = self._clock() - self._started
         self._deaths = 1 if lived > _SETTLED else self._deaths + 1
         if self._deaths >= MAX_DEATHS:
-            return f"{self.name} died {self._deaths} times in a row, last with code {code}; its last words: {self.last_words()}"
+            self._given_up = f"{self.name} died {self._deaths} times in a row, last with code {code}; its last words: {self.last_words()}"
+            return self._given_up
         self._due = self._clock() + min(_FIRST_PAUSE * 2.0 ** (self._deaths - 1), _LONGEST_PAUSE)
         return ""
 

@@ -13,6 +13,7 @@ from tumbaga.online.versions import write_whole
 from tumbaga.socket_protocol import bus
 
 LOCK, STATUS = "lock", "status.json"
+_ALIVE = ("starting", "running", "finishing labels", "stopping")  # states of a run that somebody holds
 
 
 class RunDir:
@@ -68,7 +69,8 @@ class RunDir:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            return int(os.pread(lock, 32, 0) or b"0") or None
+            told = os.pread(lock, 32, 0)
+            return int(told) if told.isdigit() else None
         finally:
             os.close(lock)
         return None
@@ -85,13 +87,14 @@ class RunDir:
         Raises:
             RunDirError: there is none.
         """
+        held = self.holder() is not None  # asked first: whoever lets go has written its last status before
         try:
-            status: dict[str, Any] = json.loads((self.path / STATUS).read_text())
+            status: dict[str, Any] = dict(json.loads((self.path / STATUS).read_text(encoding="utf-8")))
         except FileNotFoundError as error:
             raise RunDirError(str(self.path), "has no status yet; is it a run directory of tumbaga?") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise RunDirError(str(self.path), f"has a status that cannot be read ({error})") from error
-        if status.get("state") in ("starting", "running", "stopping") and self.holder() is None:
+        if status.get("state") in _ALIVE and not held:
             status["state"] = "died"
             status.setdefault("errors", []).append("the supervisor ended without a word; start the run again to go on")
         return status
