@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from tumbaga.online.errors import StoreError
 from tumbaga.online.store import FILE, Store
 
 _FILES = {
@@ -112,7 +113,10 @@ def _headline(status: dict[str, Any]) -> str:
 def _learning(run_dir: Path, status: dict[str, Any]) -> list[str]:
     if not (run_dir / FILE).exists():
         return ["  learning was off"]
-    store = Store(run_dir / FILE, read_only=True)
+    try:
+        store = Store(run_dir / FILE, read_only=True)
+    except StoreError as error:  # the run is over and has its summary, whatever became of this file
+        return [f"  ! {error}"]
     try:
         labels, failures, counts = store.labels(), store.failures(), store.counts()
     finally:

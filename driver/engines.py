@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tumbaga.driver import outputs
 from tumbaga.driver.errors import EngineError
 from tumbaga.driver.structures import read_frame
 from tumbaga.online.records import Frame
@@ -114,6 +116,10 @@ class IPi:
         if old is not None:
             text = re.sub(r"<total_steps>[^<]*</total_steps>", f"<total_steps>{self._dynamics.steps}</total_steps>", old.read_text())
             (folder / "continue.xml").write_text(text)
+            done = _step_of(old)
+            outputs.cut_table(folder / "md.out", done)
+            outputs.cut_xyz(folder / "md.pos_0.xyz", done)
+            outputs.cut_extras(folder / "md.std_0", done)
             return [sys.executable, str(program), "-S", "./", "continue.xml"]
         (folder / "init.xyz").write_text(_ipi_xyz(self._template))
         (folder / "input.xml").write_text(_ipi_input(self._dynamics))
@@ -209,10 +215,15 @@ def _step_of(path: Path) -> int:
 def _progress(path: Path) -> Progress:
     """Columns: step, time, conserved, temperature, potential."""
     try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        text = path.read_text(errors="replace")
     except OSError:
         return Progress()
-    rows = {int(float(line[0])): [float(x) for x in line] for line in lines if len(line) == 5}
+    rows: dict[int, list[float]] = {}
+    for line in text[: text.rfind("\n") + 1].splitlines():  # the last line may be on its way
+        with contextlib.suppress(ValueError, OverflowError):  # a line that a killed engine left half written
+            row = [float(x) for x in line.split()]
+            if len(row) == 5:
+                rows[int(row[0])] = row
     if not rows:
         return Progress()
     table = np.array([rows[step] for step in sorted(rows)])

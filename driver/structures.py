@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tumbaga.driver.errors import ConfigError
+from tumbaga.online.errors import BadFrameError
 from tumbaga.online.records import Frame
 
 
@@ -24,13 +25,23 @@ def read_frame(path: str | Path) -> Frame:
     except FileNotFoundError as error:
         raise ConfigError("template", f"there is no file {path}") from error
     except Exception as error:  # a foreign reader: whatever it raises, the file is not a structure
-        raise ConfigError("template", f"{path} is not a structure file that ASE can read ({error})") from error
-    return from_atoms(atoms)
+        told = " ".join(str(error).split())  # some readers quote the file, line by line
+        raise ConfigError("template", f"{path} is not a structure file that ASE can read ({type(error).__name__}: {told:.200})") from error
+    try:
+        return from_atoms(atoms)
+    except BadFrameError as error:
+        raise ConfigError("template", f"{path} holds no structure that can be evaluated: {error}") from error
 
 
 def from_atoms(atoms: Any) -> Frame:
-    """Make a frame of ASE's Atoms; periodic only if all three directions are."""
-    periodic = bool(np.all(atoms.pbc))
+    """Make a frame of ASE's Atoms.
+
+    Raises:
+        ConfigError: periodic in one or two directions: as a cluster it would silently lose its neighbours.
+    """
+    periodic = bool(np.any(atoms.pbc))
+    if periodic and not np.all(atoms.pbc):
+        raise ConfigError("template", "is periodic in some directions only; set pbc in all three (with vacuum in the cell) or in none")
     return Frame(atoms.numbers, atoms.positions, atoms.cell.array if periodic else np.zeros((3, 3)), periodic)
 
 
