@@ -6,7 +6,6 @@ answers. The learner may die meanwhile: the label goes on, and its result waits 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ import zmq
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import process
+from tumbaga.driver import process, tether
 from tumbaga.online import spool
 from tumbaga.online.errors import OnlineError
 from tumbaga.online.labels.factory import make_labeller
@@ -30,7 +29,6 @@ from tumbaga.online.records import Frame, Label
 from tumbaga.socket_protocol import bus
 
 _BEAT_MS = 500
-_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 _labeller: Any = None  # of this child process
 
@@ -39,10 +37,7 @@ def _prepare(method: str, options: dict[str, Any], parent: int) -> None:
     """In the child, once: die with the parent, and make the labeller."""
     global _labeller
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    tether.tie(signal.SIGKILL, parent)
     os.nice(10)
     _labeller = make_labeller(method, **options)
 

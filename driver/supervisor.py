@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ class Supervisor:
     def _start_engine(self) -> None:
         if self._engine is None:
             return
-        command = self._engine.prepare(self._path)
+        # a supervisor that is killed takes its engine along
+        command = [sys.executable, "-m", "tumbaga.driver.tether", str(os.getpid()), *self._engine.prepare(self._path)]
         with open(self._path / process.LOGS / "engine.log", "ab") as log:
             self._engine_process = subprocess.Popen(
                 command, cwd=self._path / FOLDER, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
