@@ -39,7 +39,7 @@ def same_output(engine: str, left: Program, right: Program) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "model", "steps", "kills"),
-    [("ipi", LJ, 2000, 3), ("ase", LJ, 1000, 3), ("ipi", "painn:cuau-water", 500, 2), ("ase", "painn:cuau-water", 300, 1)],
+    [("ipi", LJ, 1500, 3), ("ase", LJ, 800, 3), ("ipi", "painn:cuau-water", 400, 2)],
 )
 def test_the_trajectory_is_the_one_it_would_have_had(
     engine: str, model: str, steps: int, kills: int, start: Callable[..., Program], table: Callable
