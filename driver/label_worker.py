@@ -65,6 +65,7 @@ class Worker:
         self._pool: ProcessPool | None = None
         self._future: ProcessFuture | None = None
         self._task: bus.Task | None = None
+        self._unsaved: spool.Result | None = None  # computed, but the disk did not take it yet
         self._since = 0.0
         self._seen = 0
         # the child's end wakes the poller through this pipe
@@ -95,6 +96,9 @@ class Worker:
             _, message, buffers = received
             if isinstance(message, bus.Task) and self._task is None:
                 self._start(message, buffers)
+            elif isinstance(message, bus.Task):
+                # of a learner that started anew: seen and not taken, so that it is given out again and not waited for
+                self._seen = max(self._seen, message.task)
 
     def _start(self, task: bus.Task, buffers: list[bytes]) -> None:
         numbers = bus.array(buffers[0], np.int64, (-1,))
@@ -106,15 +110,21 @@ class Worker:
         self.beat()
 
     def finished(self) -> None:
-        """Put the result of a finished label on disk, then say so."""
+        """Put the result of a finished label on disk, then say so; while the disk does not take it, try again at every turn."""
         if self._future is None or self._task is None or not self._future.done():
             return
-        os.read(self.done_fd, 1)
-        result = self._result(self._task, self._future)
-        spool.put(self._run_dir, result)
+        if self._unsaved is None:
+            os.read(self.done_fd, 1)
+            self._unsaved = self._result(self._task, self._future)
+        result = self._unsaved
+        try:
+            spool.put(self._run_dir, result)
+        except OSError as error:  # a full disk; the label was paid for
+            self._reporter.log("error", "label not saved", frame=result.frame, error=str(error), worker=self._name)
+            return
         seconds = round(process.monotonic() - self._since, 3)
         self._reporter.log("info", "label ended", frame=result.frame, failure=result.failure, seconds=seconds, worker=self._name)
-        self._future = self._task = None
+        self._future = self._task = self._unsaved = None
         self.beat()
 
     def _result(self, task: bus.Task, future: ProcessFuture) -> spool.Result:

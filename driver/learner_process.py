@@ -147,7 +147,7 @@ class LearnerProcess:
         chosen = None if self.draining else self._learner.next_frame()
         if chosen is not None:
             frame = self._store.frame(chosen.frame)
-            number = self._store.start_task(chosen.frame, worker.name, worker.pid)
+            number = self._store.start_task(chosen.frame, worker.name, worker.pid, chosen.role)
             task_message = bus.Task(number, chosen.frame, frame.key, frame.periodic)
             self.workers.send(task_message, [frame.numbers, frame.positions, frame.cell], to=sender)
 

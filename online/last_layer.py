@@ -43,13 +43,17 @@ _REFINEMENTS = 2
 class Settings:
     """Noise, priors and limits of the update.
 
+    The prior and the first noise factor suit an embedded potential that moves from tight binding to DFT: what a last layer cannot express
+    is then some 0.25 eV/Å, and trusting the first labels more than that made later frames worse than no update at all.
+
     Attributes:
         sigma_force: label noise of a force component including what the readout cannot express, eV/Å; smaller values are overconfident.
         sigma_energy: label noise of the energy, eV per atom; inf leaves energies out.
         prior_force: prior standard deviation of a force component, averaged over the rows behind `mean_h2`, eV/Å.
         prior_offset: prior standard deviation of the per-species offsets after their least-squares estimate is taken off, eV.
         noise_factors: candidates for the noise variance relative to the above; leave-one-label-out error chooses.
-        choose_from: how many labels it takes before anything but factor 1 is tried.
+        first_factor: what is used before that.
+        choose_from: how many labels it takes before that error chooses.
         trust_floor: change of force that is always allowed, eV/Å.
         trust_ratio: allowed change of force relative to the largest label residual.
         halvings: how often a step may be halved before it is refused.
@@ -58,9 +62,10 @@ class Settings:
 
     sigma_force: float = 0.05
     sigma_energy: float = 0.002
-    prior_force: float = 0.8
+    prior_force: float = 0.4
     prior_offset: float = 1.0
-    noise_factors: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    noise_factors: tuple[float, ...] = (1.0, 5.0, 25.0, 100.0)
+    first_factor: float = 25.0
     choose_from: int = 3
     trust_floor: float = 0.3
     trust_ratio: float = 1.5
@@ -147,7 +152,7 @@ def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = Non
         return Fit(base, np.zeros(base.size), np.zeros(0), prior * identity, identity / prior, prior, 1.0, math.nan, 0.0, 0)
     shift = _offset_estimate(labels)
     equations = _Equations.of(labels, shift, prior, settings)
-    factors = settings.noise_factors if len(labels) >= settings.choose_from else (1.0,)
+    factors = settings.noise_factors if len(labels) >= settings.choose_from else (settings.first_factor,)
     solutions = [equations.solve(factor) for factor in factors]
     best = min(solutions, key=lambda solution: solution.loo_rmse)
     spread = best if best.factor >= 1.0 else equations.solve(1.0)

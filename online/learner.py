@@ -140,8 +140,8 @@ class Learner:
         self._models.pop(frame_id, None)
 
     def next_frame(self) -> Queued | None:
-        """What should be labelled next."""
-        return selection.next_frame(self._store.pending(), {role: len(found) for role, found in self.sets.items()})
+        """What should be labelled next, and in which role."""
+        return selection.next_frame(self._store.pending(), self._store.started_by_role())
 
     # -- labels ----------------------------------------------------------------------------------------------------------------------
 

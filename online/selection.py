@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tumbaga.online.records import Reason, Role
 from tumbaga.online.store import Queued
 
-HOLDOUT_EVERY = 4  # of the frames not picked at random, the second and every fourth after it are held out
+TRAIN_PER_HOLDOUT = 3  # so the second, sixth, tenth … label is held out
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,6 @@ class Admission:
     replaces: int | None = None
 
 
-def role_of(reason: Reason, accepted: int, held_out: int) -> Role:
-    """The role of the next accepted frame, given how many were accepted by now and how many of these are held out.
-
-    Audits are held out. Of the others the second, sixth, tenth … are too, so that an update can be judged from early on and on the kind
-    of frame that matters; no frame ever changes sides.
-    """
-    if reason is Reason.AUDIT or (reason is Reason.UNCERTAIN and held_out < (accepted + HOLDOUT_EVERY - 1) // HOLDOUT_EVERY and accepted):
-        return Role.HOLDOUT
-    return Role.TRAIN
-
-
 def admit(reason: Reason, score: float, queued: Sequence[Queued], by_role: Mapping[Role, int], audits: int, limits: Limits) -> Admission:
     """Decide on a candidate.
 
@@ -68,7 +57,7 @@ def admit(reason: Reason, score: float, queued: Sequence[Queued], by_role: Mappi
         return Admission(None, f"force uncertainty {score:.3f} eV/Å from force rows is within {limits.force_error:g}")
     if reason is Reason.AUDIT and audits >= max(1.0, limits.audit_share * max(accepted, limits.budget / 10)):
         return Admission(None, "the share of audits is used up for now")
-    role = role_of(reason, accepted, by_role[Role.HOLDOUT])
+    role = Role.HOLDOUT if reason is Reason.AUDIT else Role.TRAIN
     if len(queued) < limits.queue:
         return Admission(role)
     least = min((q for q in queued if q.reason is Reason.UNCERTAIN), key=lambda q: q.priority, default=None)
@@ -77,18 +66,26 @@ def admit(reason: Reason, score: float, queued: Sequence[Queued], by_role: Mappi
     return Admission(role, replaces=least.frame)
 
 
-def next_frame(queued: Sequence[Queued], labelled: Mapping[Role, int]) -> Queued | None:
-    """Choose what is labelled next: first frames, then held-out ones while they are fewer than a third of the others, then by uncertainty."""
+def next_frame(queued: Sequence[Queued], started: Mapping[Role, int]) -> Queued | None:
+    """Choose what is labelled next, and what for: first frames, then the most uncertain one; every fourth label is held out.
+
+    Held out is an audit if one waits, else the newest uncertain frame: it shows how the potential does where the run is now, and its score
+    did not choose it. The role is given here, when the label is started, and never changes.
+
+    Args:
+        queued: what waits, oldest first.
+        started: labels running or done, by role.
+    """
     if not queued:
         return None
     initial = [q for q in queued if q.reason is Reason.INITIAL]
     if initial:
         return initial[0]
     held_out = [q for q in queued if q.role is Role.HOLDOUT]
-    if held_out and 3 * labelled[Role.HOLDOUT] < labelled[Role.TRAIN]:
-        return held_out[0]
     others = [q for q in queued if q.role is Role.TRAIN]
-    return max(others, key=lambda q: q.priority) if others else held_out[0]
+    if not others or TRAIN_PER_HOLDOUT * started[Role.HOLDOUT] < started[Role.TRAIN]:
+        return held_out[0] if held_out else replace(others[-1], role=Role.HOLDOUT)
+    return max(others, key=lambda q: q.priority)
 
 
 def stale(queued: Sequence[Queued], scores: Mapping[int, float], limits: Limits) -> list[int]:

@@ -223,10 +223,10 @@ class Store:
         rows = self._db.execute("SELECT frame, reason, role, priority FROM queue WHERE state = 'pending' ORDER BY rowid")
         return [Queued(frame, Reason(reason), Role(role), priority) for frame, reason, role, priority in rows]
 
-    def start_task(self, frame_id: int, worker: str, pid: int) -> int:
-        """Give a frame to a worker; return the task's number."""
+    def start_task(self, frame_id: int, worker: str, pid: int, role: Role | None = None) -> int:
+        """Give a frame to a worker, for good in this role if one is given; return the task's number."""
         with self._write():
-            self._db.execute("UPDATE queue SET state = 'running' WHERE frame = ?", (frame_id,))
+            self._db.execute("UPDATE queue SET state = 'running', role = COALESCE(?, role) WHERE frame = ?", (role and role.value, frame_id))
             cursor = self._db.execute(
                 "INSERT INTO tasks (frame, worker, pid, state, started) VALUES (?, ?, ?, 'running', ?)", (frame_id, worker, pid, self._clock())
             )
@@ -337,6 +337,11 @@ class Store:
         """How many frames were accepted for a label for this reason (dropped ones not counted)."""
         row = self._db.execute("SELECT COUNT(*) FROM queue WHERE reason = ? AND state != 'dropped'", (reason.value,)).fetchone()
         return int(row[0])
+
+    def started_by_role(self) -> dict[Role, int]:
+        """How many labels run or are done, by role."""
+        rows = self._db.execute("SELECT role, COUNT(*) FROM queue WHERE state IN ('running', 'labelled') GROUP BY role").fetchall()
+        return {role: dict(rows).get(role.value, 0) for role in Role}
 
     def queued_by_role(self) -> dict[Role, int]:
         """How many frames have ever been accepted for a label, by role: waiting, running, labelled and failed ones, which cost as much."""

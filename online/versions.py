@@ -63,7 +63,7 @@ def write(run_dir: Path, number: int, tensors: Mapping[str, np.ndarray], layer: 
     """
     facts = json.dumps({**layer.facts, "number": number}, sort_keys=True)
     own = {_READOUT: np.ascontiguousarray(layer.readout), _COVARIANCE: np.ascontiguousarray(layer.covariance)}
-    data = save_tensors({**{k: np.ascontiguousarray(v) for k, v in tensors.items()}, **own}, {**metadata, _FACTS: facts})
+    data = _in_order(save_tensors({**{k: np.ascontiguousarray(v) for k, v in tensors.items()}, **own}, {**metadata, _FACTS: facts}))
     digest = hashlib.sha256(data).hexdigest()
     path = Path(FOLDER) / f"{number:06d}-{digest[:8]}.safetensors"
     write_whole(run_dir / path, data)
@@ -98,6 +98,14 @@ def _metadata(data: bytes) -> dict[str, str]:
     length = int.from_bytes(data[:8], "little")
     found: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return found
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with a sorted header, so that equal contents have equal bytes: safetensors writes metadata in any order."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def write_whole(path: Path, data: bytes) -> None:

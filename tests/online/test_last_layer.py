@@ -27,7 +27,7 @@ from tumbaga.online.testing import ToyTrainable
 from tumbaga.online.uncertainty import force_std
 
 MakeLabels = Callable[..., list[Labelled]]
-NO_RIDGE = Settings(prior_force=1e4, sigma_force=1e-2, sigma_energy=1e-3, prior_offset=1e4, noise_factors=(1.0,))
+NO_RIDGE = Settings(prior_force=1e4, sigma_force=1e-2, sigma_energy=1e-3, prior_offset=1e4, noise_factors=(1.0,), first_factor=1.0)
 
 
 def test_enough_exact_labels_give_the_true_weights(toy: ToyTrainable, truth: ToyTrainable, make_labels: MakeLabels) -> None:
@@ -51,7 +51,7 @@ def test_the_covariance_is_the_brute_force_posterior(toy: ToyTrainable, make_lab
     labels, settings = make_labels(2), Settings()
     fitted = fit(labels, toy.readout(), settings, mean_h2=2.0)
 
-    full = np.diag([2.0 / 0.8**2] * 8 + [1.0, 1.0])
+    full = np.diag([2.0 / Settings().prior_force ** 2] * 8 + [1.0, 1.0])
     for one in labels:
         for row in one.rows:
             x = np.append(row, [0, 0])
@@ -93,24 +93,24 @@ def test_no_label_gives_the_prior(toy: ToyTrainable) -> None:
     fitted = fit([], toy.readout(), mean_h2=4.0)
 
     assert not fitted.delta.any()
-    np.testing.assert_allclose(fitted.covariance, np.eye(8) * 0.8**2 / 4.0)
+    np.testing.assert_allclose(fitted.covariance, np.eye(8) * Settings().prior_force ** 2 / 4.0)
     with pytest.raises(UpdateRefusedError):
         fit([], toy.readout())
 
 
 def test_prior_force_spread_is_as_stated_on_average(toy: ToyTrainable, make_labels: MakeLabels) -> None:
-    """Root mean square of the prior std of force components is 0.8 eV/Å over the rows that set the scale."""
+    """Root mean square of the prior std of force components is `prior_force` over the rows that set the scale."""
     rows = [one.rows for one in make_labels(6)]
     fitted = fit([], toy.readout(), mean_h2=mean_row_norm2(rows))
 
     variances = np.concatenate([force_std(block, fitted.covariance) ** 2 for block in rows]) / 3
-    assert math.sqrt(variances.mean()) == pytest.approx(0.8)
+    assert math.sqrt(variances.mean()) == pytest.approx(Settings().prior_force)
 
 
 @pytest.mark.parametrize(("prior", "moved"), [(1e-6, 0.0), (1e6, 1.0)])
 def test_limits_of_the_ridge(toy: ToyTrainable, truth: ToyTrainable, make_labels: MakeLabels, prior: float, moved: float) -> None:
     """An infinitely stiff prior moves nothing; an infinitely soft one goes all the way."""
-    settings = Settings(prior_force=prior, noise_factors=(1.0,), sigma_energy=math.inf)
+    settings = Settings(prior_force=prior, noise_factors=(1.0,), first_factor=1.0, sigma_energy=math.inf)
     fitted = fit(make_labels(12), toy.readout(), settings)
 
     np.testing.assert_allclose(fitted.delta, moved * (truth.readout() - toy.readout()), atol=1e-5)
@@ -124,7 +124,7 @@ def test_noise_is_chosen_by_the_left_out_error(toy: ToyTrainable, make_labels: M
     for factor in Settings().noise_factors:
         labels = make_labels(4, noise=0.2)
         assert fit(labels, toy.readout()).loo_rmse <= fit(labels, toy.readout(), Settings(noise_factors=(factor,))).loo_rmse + 1e-12
-    assert fit(make_labels(2), toy.readout()).noise_factor == 1.0
+    assert fit(make_labels(2), toy.readout()).noise_factor == Settings().first_factor
 
 
 def test_the_spread_keeps_the_floor_of_the_noise(toy: ToyTrainable, make_labels: MakeLabels) -> None:
@@ -139,7 +139,7 @@ def test_the_spread_keeps_the_floor_of_the_noise(toy: ToyTrainable, make_labels:
 def test_labels_shrink_the_uncertainty(toy: ToyTrainable, make_labels: MakeLabels) -> None:
     """More labels never raise the predicted force spread of a new frame (at fixed noise and prior)."""
     labels, new = make_labels(4), make_labels(1)[0]
-    settings = Settings(noise_factors=(1.0,))
+    settings = Settings(noise_factors=(1.0,), first_factor=1.0)
     spreads = [force_std(new.rows, fit(labels[:n], toy.readout(), settings, mean_h2=2.0).covariance).max() for n in range(5)]
 
     assert spreads == sorted(spreads, reverse=True)
@@ -153,7 +153,7 @@ def test_evidence_is_the_density_of_the_labels(toy: ToyTrainable, make_labels: M
     fitted = fit([label], toy.readout(), settings, mean_h2=2.0)
 
     x, y = label.rows / 0.05, label.residual().ravel() / 0.05
-    spread = np.eye(len(y)) + x @ x.T * 0.8**2 / 2.0
+    spread = np.eye(len(y)) + x @ x.T * Settings().prior_force ** 2 / 2.0
     expected = -0.5 * (y @ np.linalg.solve(spread, y) + np.linalg.slogdet(spread)[1] + (len(y) + 1) * math.log(2 * math.pi))
     assert fitted.log_evidence == pytest.approx(expected, rel=1e-8)
 
@@ -197,7 +197,7 @@ def test_without_held_out_labels_each_label_is_left_out(toy: ToyTrainable, make_
     scrambled = [replace(good[0], forces_label=good[0].forces_base + sign * good[0].residual()) for sign in (1, -1, 1, -1)]
 
     assert accept(fit(good, toy.readout()), good, [], toy.readout()).accepted
-    eager = fit(scrambled, toy.readout(), Settings(prior_force=10.0, sigma_energy=math.inf, noise_factors=(1.0,)))
+    eager = fit(scrambled, toy.readout(), Settings(prior_force=10.0, sigma_energy=math.inf, noise_factors=(1.0,), first_factor=1.0))
     verdict = accept(eager, scrambled, [], toy.readout())
     assert not verdict.accepted
     assert verdict.candidate_rmse == eager.loo_rmse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tumbaga.online.records import Reason, Role
-from tumbaga.online.selection import Limits, admit, next_frame, role_of, stale
+from tumbaga.online.selection import Limits, admit, next_frame, stale
 from tumbaga.online.store import Queued
 
 LIMITS = Limits(force_error=0.2, budget=50, queue=3)
@@ -16,26 +16,32 @@ def waits(frame: int, priority: float, role: Role = Role.TRAIN, reason: Reason =
     return Queued(frame, reason, role, priority)
 
 
-def test_every_fourth_uncertain_frame_is_held_out() -> None:
-    """Of frames that are all uncertain the 2nd, 6th, 10th … are held out and the others learnt from."""
-    held_out: list[int] = []
-    for accepted in range(20):
-        if role_of(Reason.UNCERTAIN, accepted, len(held_out)) is Role.HOLDOUT:
-            held_out.append(accepted + 1)
+def test_every_fourth_label_is_held_out() -> None:
+    """Of uncertain frames labelled one by one the 2nd, 6th, 10th … are held out and the others learnt from."""
+    started = dict(NOBODY)
+    held_out = []
+    for label in range(1, 20):
+        chosen = next_frame([waits(1, 0.5), waits(2, 0.3)], started)
+        assert chosen is not None
+        started[chosen.role] += 1
+        held_out += [label] if chosen.role is Role.HOLDOUT else []
 
     assert held_out == [2, 6, 10, 14, 18]
 
 
-@pytest.mark.parametrize("accepted", [0, 1, 2, 7])
-def test_audits_are_held_out_and_first_frames_learnt_from(accepted: int) -> None:
-    """Whatever was accepted before, a random frame is held out, and a first frame is never held out."""
-    assert role_of(Reason.AUDIT, accepted, 0) is Role.HOLDOUT
-    assert role_of(Reason.INITIAL, accepted, 0) is Role.TRAIN
+def test_the_score_does_not_choose_what_is_held_out() -> None:
+    """The newest waiting frame is held out, not the most uncertain one; the most uncertain one is learnt from."""
+    queue = [waits(1, 0.2), waits(2, 0.9), waits(3, 0.5)]
+
+    assert next_frame(queue, {Role.TRAIN: 1, Role.HOLDOUT: 0}) == waits(3, 0.5, Role.HOLDOUT)
+    assert next_frame(queue, {Role.TRAIN: 1, Role.HOLDOUT: 1}) == waits(2, 0.9)
 
 
-def test_the_first_frame_of_all_is_learnt_from() -> None:
-    """With nothing accepted yet an uncertain frame is learnt from: without it there is nothing to judge."""
-    assert role_of(Reason.UNCERTAIN, 0, 0) is Role.TRAIN
+def test_audits_are_held_out_and_the_others_wait_to_be_learnt_from() -> None:
+    """A random frame is held out whatever was accepted before; first and uncertain frames are accepted for learning."""
+    roles = {reason: admit(reason, 9.0, [], NOBODY, 0, LIMITS).role for reason in Reason}
+
+    assert roles == {Reason.AUDIT: Role.HOLDOUT, Reason.INITIAL: Role.TRAIN, Reason.UNCERTAIN: Role.TRAIN}
 
 
 @pytest.mark.parametrize("reason", list(Reason))
