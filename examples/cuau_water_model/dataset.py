@@ -55,7 +55,7 @@ def splits(data: DataSet) -> dict[str, npt.NDArray[np.int64]]:
     "train": what is left.
     """
     unseen = np.array([name.startswith(UNSEEN) for name in data.trajectories])
-    is_md = np.char.startswith(data.kinds, "md")
+    is_md = np.char.startswith(data.kinds, "md") | (data.kinds == "model")
     block = np.zeros(len(data), dtype=bool)
     for name in np.unique(data.trajectories[is_md]):
         rows = np.flatnonzero(is_md & (data.trajectories == name))

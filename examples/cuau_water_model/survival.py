@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,12 +21,12 @@ import numpy.typing as npt
 import torch
 from ase.data import atomic_masses, covalent_radii
 from ase.units import fs, kB
-from sample import XTB, ForcesOf, composition, langevin
+from sample import XTB, ForcesOf, langevin
 
 from tumbaga.driver.backends.painn import PaiNN, load
 from tumbaga.online.records import Array, Frame
 
-RUNS = (("CuAu(H2O)2", 5), ("CuAu(H2O)4", 3), ("Cu4Au4(H2O)2", 3), ("Cu4Au2(H2O)3", 3), ("Cu2Au4(H2O)8", 2))
+RUNS = (("CuAu(H2O)2", 5), ("CuAu(H2O)4", 3), ("Cu4Au4(H2O)2", 3), ("Cu4Au2(H2O)3", 2), ("Cu2Au4(H2O)8", 2))
 TIMESTEP_FS, KELVIN = 0.5, 300.0
 MAX_FORCE, HOT, HOT_FS, TOO_CLOSE, REACTED, FAR = 50.0, 3.0, 50.0, 0.6, 1.6, 12.0
 JUDGED_FS = 50.0
@@ -47,7 +46,6 @@ class Outcome:
     rmse: float
     worst_tenth: float
     worst: float
-    seconds: float
 
 
 class Rules:
@@ -88,17 +86,21 @@ def _distances(positions: Array) -> Array:
 
 
 class Watched:
-    """Forces of the potential, the last ones kept for the rules."""
+    """Forces of the potential for several runs side by side, as one batch. A run that has ended is held at its start and ignored."""
 
-    def __init__(self, potential: PaiNN, numbers: npt.NDArray[np.int64]) -> None:
-        self._potential, self._numbers = potential, numbers
-        self.forces: Array = np.zeros((len(numbers), 3))
+    def __init__(self, potential: PaiNN, frames: list[Frame]) -> None:
+        self._potential, self._starts = potential, frames
+        self.forces: Array = np.zeros((len(frames), len(frames[0]), 3))
+        self.going = [True] * len(frames)
 
     def __call__(self, positions: Array) -> tuple[float, Array]:
-        """Return energy (eV) and forces (eV/Å)."""
-        said = self._potential.predict([Frame(self._numbers, positions)])[0]
-        self.forces = said.forces
-        return said.energy, said.forces
+        """Return the summed energy (eV) and all forces, shape (n_runs, n_atoms, 3), eV/Å."""
+        for k, here in enumerate(positions):
+            if not self.going[k] or not np.isfinite(here).all():
+                positions[k] = self._starts[k].positions
+        said = self._potential.predict([Frame(self._starts[0].numbers, here) for here in positions])
+        self.forces = np.stack([one.forces for one in said])
+        return sum(one.energy for one in said), self.forces
 
 
 def starts(data: dataset.DataSet, formula: str, count: int) -> list[Frame]:
@@ -117,43 +119,48 @@ def judge(teacher: ForcesOf, positions: Array, forces: Array) -> float | None:
         return None
 
 
-def run(potential: PaiNN, frame: Frame, formula: str, seed: int, horizon: float) -> Outcome:
-    """One run of `horizon` ps."""
-    rng = np.random.default_rng([seed, 7])
-    watched, rules = Watched(potential, frame.numbers), Rules(frame.numbers, frame.positions)
-    teacher = XTB("GFN2-xTB", frame.numbers, cold=True)
-    steps, every = round(horizon * 1e3 / TIMESTEP_FS), round(JUDGED_FS / TIMESTEP_FS)
-    begin, end, verdicts, heat, step = time.perf_counter(), "", [], 0.0, 0
-    moving = langevin(frame.numbers, frame.positions, watched, KELVIN, rng, TIMESTEP_FS * fs, wall=False)
-    for step, (positions, velocities) in enumerate(islice(moving, steps), 1):
-        heat += rules.kelvin(velocities)
-        end = rules(positions, velocities, watched.forces)
-        if end.startswith("failed: not"):
+def run(potential: PaiNN, frames: list[Frame], formula: str, horizon: float) -> list[Outcome]:
+    """All runs of one composition, each `horizon` ps at most; seeds count the runs."""
+    rng, numbers = np.random.default_rng([len(frames), 7]), frames[0].numbers
+    watched, rules = Watched(potential, frames), [Rules(numbers, frame.positions) for frame in frames]
+    teacher = XTB("GFN2-xTB", numbers, cold=True)
+    every = round(JUDGED_FS / TIMESTEP_FS)
+    ends, lasted, heat = [""] * len(frames), [0] * len(frames), [0.0] * len(frames)
+    verdicts: list[list[float | None]] = [[] for _ in frames]
+    moving = langevin(numbers, np.stack([f.positions for f in frames]), watched, KELVIN, rng, TIMESTEP_FS * fs, wall=False)
+    for step, (positions, velocities) in enumerate(islice(moving, round(horizon * 1e3 / TIMESTEP_FS)), 1):
+        for k in np.flatnonzero(watched.going):
+            lasted[k] = step
+            heat[k] += rules[k].kelvin(velocities[k])
+            ends[k] = rules[k](positions[k], velocities[k], watched.forces[k])
+            if (step % every == 0 or ends[k]) and "not finite" not in ends[k]:
+                verdicts[k].append(judge(teacher, positions[k], watched.forces[k]))
+            watched.going[k] = not ends[k]
+        if not any(watched.going):
             break
-        if step % every == 0 or end:
-            verdicts.append(judge(teacher, positions, watched.forces))
-        if end:
-            break
+    return [_outcome(formula, k, ends[k], lasted[k], heat[k], verdicts[k]) for k in range(len(frames))]
+
+
+def _outcome(formula: str, seed: int, end: str, steps: int, heat: float, verdicts: list[float | None]) -> Outcome:
     errors = 1e3 * np.array([v for v in verdicts if v is not None] or [np.nan])
     return Outcome(
         formula,
         seed,
         end or "survived",
-        step * TIMESTEP_FS / 1e3,
-        heat / step,
+        steps * TIMESTEP_FS / 1e3,
+        heat / steps,
         len(errors),
         verdicts.count(None),
         float(np.sqrt((errors**2).mean())),
         float(np.quantile(errors, 0.9)),
         float(errors.max()),
-        time.perf_counter() - begin,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="painn:cuau-water")
-    parser.add_argument("--ps", type=float, default=10.0)
+    parser.add_argument("--ps", type=float, default=10.0, help="length of the runs of the first composition; the others get half")
     parser.add_argument("--only", default="", help="one composition of the list")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -162,13 +169,12 @@ def main() -> None:
     for formula, count in RUNS:
         if args.only and formula != args.only:
             continue
-        for seed, frame in enumerate(starts(data, formula, count)):
-            assert sorted(frame.numbers) == sorted(composition(formula))
-            one = run(potential, frame, formula, seed, args.ps)
+        frames = starts(data, formula, count)
+        for one in run(potential, frames, formula, args.ps if formula == RUNS[0][0] else 0.5 * args.ps):
             outcomes.append(one)
             print(
-                f"{formula:14s} seed {seed}: {one.end} at {one.ps:.2f} ps, {one.kelvin:.0f} K, teacher's force RMSE {one.rmse:.0f} "
-                f"(90 % {one.worst_tenth:.0f}, worst {one.worst:.0f}) meV/Å on {one.judged} frames, {one.unjudged} not converged, {one.seconds:.0f} s",
+                f"{formula:14s} {len(frames[0]):2d} atoms, seed {one.seed}: {one.end} at {one.ps:.2f} ps, {one.kelvin:.0f} K, teacher's force RMSE "
+                f"{one.rmse:.0f} (90 % {one.worst_tenth:.0f}, worst {one.worst:.0f}) meV/Å on {one.judged} frames, {one.unjudged} not converged",
                 flush=True,
             )
     failures, total = sum(o.end.startswith("failed") for o in outcomes), sum(o.ps for o in outcomes)

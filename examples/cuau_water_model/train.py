@@ -8,6 +8,7 @@ An interrupted training goes on from its checkpoint (--checkpoint) when the same
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -22,7 +23,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from tumbaga.driver.backends.painn import ARCHITECTURE, PaiNN
+from tumbaga.driver.backends.painn import ARCHITECTURE, PaiNN, load
 from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.backends.painn_pairs import Core, pairs
 from tumbaga.online.records import Array
@@ -32,6 +33,7 @@ ELEMENTS = (1, 8, 29, 79)
 LEVEL = "GFN2-xTB"
 FORCE_SCALE = 1.5  # eV/Å: frames with larger rms forces count less, or a few crushed ones would rule
 HUBER = 0.3  # eV/Å
+AVERAGE = 0.998  # memory of the moving average of the weights, a step
 ENERGY_WEIGHT = 4.0  # on (dE)^2 / N against mean squared force components
 
 
@@ -130,7 +132,7 @@ class Model(torch.nn.Module):
 def train(model: Model, items: list[Item], held: list[Item], settings: Settings, checkpoint: Path) -> Model:
     """AdamW with a cosine schedule; returns the exponential moving average of the weights."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=1e-4)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    average = copy.deepcopy(model)
     begin = _resume(checkpoint, model, average, optimiser)
     since, sums = time.perf_counter(), np.zeros(3)
     for step in range(begin, settings.steps):
@@ -145,18 +147,19 @@ def train(model: Model, items: list[Item], held: list[Item], settings: Settings,
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        average.update_parameters(model)
+        with torch.no_grad():
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+                slow.lerp_(fast, 1.0 - min(AVERAGE, (1 + step) / (10 + step)))
         sums += (float(loss.detach()), force, energy)
         if (step + 1) % 500 == 0:
-            _report(step, begin, settings.steps, since, sums / 500, average.module, held)
+            _report(step, begin, settings.steps, since, sums / 500, average, held)
             sums[:] = 0
         if (step + 1) % 2000 == 0:
             torch.save({"step": step + 1, "model": model.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}, checkpoint)
-    result: Model = average.module
-    return result
+    return average
 
 
-def _resume(checkpoint: Path, model: Model, average: torch.nn.Module, optimiser: torch.optim.Optimizer) -> int:
+def _resume(checkpoint: Path, model: Model, average: Model, optimiser: torch.optim.Optimizer) -> int:
     if not checkpoint.exists():
         return 0
     held = torch.load(checkpoint, weights_only=True)
@@ -176,6 +179,16 @@ def _report(step: int, begin: int, steps: int, since: float, means: Array, model
         f"{(steps - step - 1) * pace / 60:.1f} min left",
         flush=True,
     )
+
+
+def started(hyper: Hyper, start: Path | None) -> Model:
+    """A new model, or one with the weights of a file. Its reference energies are fitted again, so the readout has to follow a little."""
+    model = Model(hyper)
+    if start is not None:
+        tensors = load(f"painn:{start}", device="cpu").state()
+        model.network.load_state_dict({key: torch.tensor(tensors[key]) for key in model.network.state_dict()})
+        model.readout.data = torch.tensor(tensors["readout"], dtype=torch.float32).reshape(model.readout.shape)
+    return model
 
 
 def mean_row_norm(potential: PaiNN, data: dataset.DataSet, rows: npt.NDArray[np.int64], count: int = 150) -> float:
@@ -202,6 +215,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=dataset.DATA)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, default=None, help="default: the output with .checkpoint")
+    parser.add_argument("--start", type=Path, help="weights to start from, instead of random ones")
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=12)
@@ -219,7 +233,7 @@ def main() -> None:
     reference = reference_energies(data, sets["train"])
     items = prepare(data, sets["train"], hyper, reference)
     held = prepare(data, sets["block"], hyper, reference)
-    model = train(Model(hyper), items, held, settings, args.checkpoint or args.output.with_suffix(".checkpoint"))
+    model = train(started(hyper, args.start), items, held, settings, args.checkpoint or args.output.with_suffix(".checkpoint"))
     facts: dict[str, object] = {"level": LEVEL, "data_sha256": dataset.content_hash(args.data), "frames": len(items), **asdict(settings)}
     write(model, hyper, reference, data, sets["train"], args.output, facts)
 
