@@ -48,7 +48,7 @@ def test_offsets_of_1e5_electronvolts_cost_no_accuracy(toy: ToyTrainable, truth:
 
 def test_the_covariance_is_the_brute_force_posterior(toy: ToyTrainable, make_labels: MakeLabels) -> None:
     """Marginal covariance of the weights = block of the inverse of the full, plainly assembled precision."""
-    labels, settings = make_labels(2), Settings()
+    labels, settings = make_labels(2), Settings(first_factor=1.0)
     fitted = fit(labels, toy.readout(), settings, mean_h2=2.0)
 
     full = np.diag([2.0 / Settings().prior_force ** 2] * 8 + [1.0, 1.0])
@@ -149,7 +149,7 @@ def test_labels_shrink_the_uncertainty(toy: ToyTrainable, make_labels: MakeLabel
 def test_evidence_is_the_density_of_the_labels(toy: ToyTrainable, make_labels: MakeLabels) -> None:
     """ln p from determinants equals the plain Gaussian density of the whitened targets under prior plus noise."""
     label = make_labels(1)[0]
-    settings = Settings(sigma_energy=math.inf)
+    settings = Settings(sigma_energy=math.inf, first_factor=1.0)
     fitted = fit([label], toy.readout(), settings, mean_h2=2.0)
 
     x, y = label.rows / 0.05, label.residual().ravel() / 0.05

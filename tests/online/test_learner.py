@@ -115,7 +115,7 @@ def test_frames_that_an_update_made_certain_are_dropped(
     make_bench: Callable[..., Bench], cluster: Callable[..., Frame], toy: ToyTrainable
 ) -> None:
     """A frame that looks like one that was learnt needs no label any more, and says why."""
-    bench = make_bench(Limits(force_error=0.5, budget=60))
+    bench = make_bench(Limits(force_error=1.0, budget=60))
     frame = cluster()
     bench.flag(frame, Reason.INITIAL)
     bench.label_next()
