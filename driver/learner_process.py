@@ -19,6 +19,7 @@ from tumbaga.driver import process
 from tumbaga.driver.backends import registry
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online import selection, spool, versions
+from tumbaga.online.errors import VersionError
 from tumbaga.online.labels.factory import make_labeller
 from tumbaga.online.learner import Learner, Proposal, rmse_text
 from tumbaga.online.ports import Trainable
@@ -54,6 +55,7 @@ class LearnerProcess:
         self._held_back: versions.VersionFile | None = None
         self._resume()
         self._busy: dict[str, bus.WorkerBusy] = {}
+        self._sent: set[int] = set()  # tasks that this process gave out; what an earlier one had on its way went down with it
         self.draining = False
         self._due = 0.0
         self.gateway = bus.Endpoint(context, zmq.DEALER, bus.LEARNER, bind=False, identity=bus.LEARNER)
@@ -65,11 +67,16 @@ class LearnerProcess:
         if not known:
             self._add_base()
             return
-        served = [v for v in known if v.state != "refused" and v.number > 0]
-        if served:
-            layer = versions.read(self._run_dir / served[-1].file)
-            self._version, self._path = served[-1].number, served[-1].file
+        for version in reversed([v for v in known if v.state != "refused" and v.number > 0]):
+            try:
+                layer = versions.read(self._run_dir / version.file)
+            except VersionError as error:
+                self._store.set_version_state(version.number, "refused")
+                self._reporter.log("error", "version refused", version=version.number, error=str(error))
+                continue
+            self._version, self._path = version.number, version.file
             self._learner.serve(layer.readout, layer.covariance)
+            return
 
     def _add_base(self) -> None:
         """Version 0: what the run started with, whole, so that the run directory can be copied elsewhere."""
@@ -139,7 +146,7 @@ class LearnerProcess:
         for task in self._store.running():
             if task.worker != worker.name:
                 continue
-            if task.pid == worker.pid and worker.seen < task.task:
+            if task.task in self._sent and task.pid == worker.pid and worker.seen < task.task:
                 return  # it is on its way to the worker
             # a label that ended is in the spool, and thereby no longer running: this one died with its worker
             again = self._store.task_lost(task.task, self._settings.label.attempts)
@@ -149,7 +156,8 @@ class LearnerProcess:
             frame = self._store.frame(chosen.frame)
             number = self._store.start_task(chosen.frame, worker.name, worker.pid, chosen.role)
             task_message = bus.Task(number, chosen.frame, frame.key, frame.periodic)
-            self.workers.send(task_message, [frame.numbers, frame.positions, frame.cell], to=sender)
+            if self.workers.send(task_message, [frame.numbers, frame.positions, frame.cell], to=sender):
+                self._sent.add(number)
 
     def close(self) -> None:
         """Leave in order: what is in the spool is stored, what was not finished waits again and is no failure."""
