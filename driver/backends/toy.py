@@ -72,10 +72,12 @@ class NotANumber(LennardJones):
     Args:
         after: number of good calls of this process before the first NaN.
         every: after that, every so many calls are NaN; 0 or 1 means all.
+        epsilon: well depth of the good calls, eV.
+        sigma: distance of zero energy of the good calls, Å; so short by default that water, too, gets forces fit to be served.
     """
 
-    def __init__(self, after: int = 0, every: int = 1) -> None:
-        super().__init__()
+    def __init__(self, after: int = 0, every: int = 1, epsilon: float = 0.05, sigma: float = 0.85) -> None:
+        super().__init__(epsilon, sigma)
         self._after, self._every, self._calls = after, max(1, every), 0
         self.spec = PotentialSpec(name=f"toy:nan?after={after}&every={every}", elements=(), cutoff=np.inf, level="none")
 
@@ -94,7 +96,7 @@ _Toy = Zero | LennardJones
 _TOYS: dict[str, tuple[Callable[..., _Toy], dict[str, type[float | int]]]] = {
     "zero": (Zero, {}),
     "lj": (LennardJones, {"epsilon": float, "sigma": float}),
-    "nan": (NotANumber, {"after": int, "every": int}),
+    "nan": (NotANumber, {"after": int, "every": int, "epsilon": float, "sigma": float}),
 }
 
 
