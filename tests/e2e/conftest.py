@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,3 +39,16 @@ def table() -> Callable[[Program], np.ndarray]:
         return np.loadtxt(program.run_dir / "engine" / "md.out", ndmin=2)
 
     return read
+
+
+@pytest.fixture
+def socket_name() -> Iterator[Callable[[], str]]:
+    """Make names of unix sockets that nobody else uses; in the end none of their files is there."""
+    names: list[str] = []
+
+    def make() -> str:
+        names.append(f"tumbaga-test-{uuid.uuid4().hex}")
+        return names[-1]
+
+    yield make
+    assert [name for name in names if os.path.lexists(f"/tmp/ipi_{name}")] == []
