@@ -6,6 +6,7 @@ answers. The learner may die meanwhile: the label goes on, and its result waits 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -68,6 +69,8 @@ class Worker:
         self._unsaved: spool.Result | None = None  # computed, but the disk did not take it yet
         self._since = 0.0
         self._seen = 0
+        self._frame: Frame | None = None  # of the task
+        self._deaths = 0  # of children at this task
         # the child's end wakes the poller through this pipe
         self.done_fd, self._wake = os.pipe()
 
@@ -104,10 +107,25 @@ class Worker:
         numbers = bus.array(buffers[0], np.int64, (-1,))
         frame = Frame(numbers, bus.array(buffers[1], np.float64, (-1, 3)), bus.array(buffers[2], np.float64, (3, 3)), task.periodic)
         self._task, self._seen, self._since = task, task.task, process.monotonic()
-        self._future = self._ready_pool().schedule(_label, args=(frame,), timeout=self._settings.time_limit)
-        self._future.add_done_callback(lambda _: os.write(self._wake, b"x"))
+        self._frame, self._deaths = frame, 0
+        self._compute(frame)
         self._reporter.log("info", "label started", frame=task.frame, key=task.key, worker=self._name)
         self.beat()
+
+    def _compute(self, frame: Frame) -> None:
+        self._future = self._ready_pool().schedule(_label, args=(frame,), timeout=self._settings.time_limit)
+        self._future.add_done_callback(lambda _: os.write(self._wake, b"x"))
+
+    def _once_more(self) -> bool:
+        """Whether the child was killed at the task under way, and another one has been set to it."""
+        if self._future is None or self._frame is None or not isinstance(self._future.exception(), ProcessExpired):
+            return False
+        self._deaths += 1
+        if self._deaths >= self._settings.attempts:
+            return False
+        self._reporter.log("warning", "labelling process died", deaths=self._deaths, worker=self._name)
+        self._compute(self._frame)
+        return True
 
     def finished(self) -> None:
         """Put the result of a finished label on disk, then say so; while the disk does not take it, try again at every turn."""
@@ -115,6 +133,8 @@ class Worker:
             return
         if self._unsaved is None:
             os.read(self.done_fd, 1)
+            if self._once_more():
+                return
             self._unsaved = self._result(self._task, self._future)
         result = self._unsaved
         try:
@@ -135,7 +155,7 @@ class Worker:
         except LabelTimeout:
             reason = f"took longer than label.time_limit = {self._settings.time_limit:g} s and was killed"
         except ProcessExpired as error:
-            reason = f"the labelling process died (exit code {error.exitcode})"
+            reason = f"the labelling process died {self._deaths} times on this frame (last exit code {error.exitcode})"
         except Exception as error:  # noqa: BLE001 - a foreign engine may raise anything: it is the reason, and it is recorded
             reason = f"{type(error).__name__}: {error}"
         return spool.Result(task.task, task.frame, None, reason)
@@ -152,7 +172,7 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     name = sys.argv[2]
     settings = configs.load(run_dir).label
     make_labeller(settings.method, **settings.options)  # a wrong method is a sentence now, not a failure of every label
-    scratch = _own_environment()
+    scratch = _own_environment(run_dir, name)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, name)
     endpoint = bus.Endpoint(context, zmq.DEALER, bus.LABELS, bind=False, identity=f"{name}-{os.getpid()}")
@@ -174,9 +194,12 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
         reporter.close()
 
 
-def _own_environment() -> str:
+def _own_environment(run_dir: Path, name: str) -> str:
     """Before a child is spawned: one core, a scratch folder of its own, and no configuration file of PySCF (it would be executed)."""
-    scratch = tempfile.mkdtemp(prefix="tumbaga-label-")
+    prefix = f"tumbaga-label-{hashlib.sha256(os.fsencode(f'{run_dir}/{name}')).hexdigest()[:16]}-"
+    for left_behind in Path(tempfile.gettempdir()).glob(f"{prefix}*"):  # by a worker of this name that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    scratch = tempfile.mkdtemp(prefix=prefix)
     os.environ |= {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pebble import ProcessExpired
 
 from tumbaga.driver import config as configs
 from tumbaga.driver.label_worker import Worker
@@ -125,6 +126,27 @@ def test_a_failure_is_on_disk_with_its_reason(bench: Bench, error: Exception, re
 
     assert bench.results() == [spool.Result(4, 40, None, reason)]
     assert len(bench.pool.futures) == 2
+
+
+def test_a_label_whose_process_was_killed_is_computed_again(bench: Bench) -> None:
+    """A killed child is no verdict on the frame: as many are tried as `attempts` says (2), then it is a failure that names the exit code."""
+    bench.line.give(4)
+    bench.turn()
+    bench.pool.futures[0].set_exception(ProcessExpired("died", code=-9))
+    bench.turn()
+    assert bench.results() == []
+    assert len(bench.pool.futures) == 2
+    bench.pool.futures[1].set_result(label())
+    bench.turn()
+    assert [result.label is not None for result in bench.results() if result] == [True]
+
+    bench.line.give(5)
+    bench.turn()
+    for future in (2, 3):
+        bench.pool.futures[future].set_exception(ProcessExpired("died", code=-9))
+        bench.turn()
+    assert bench.results()[1:] == [spool.Result(5, 50, None, "the labelling process died 2 times on this frame (last exit code -9)")]
+    assert [frame.key for frame in bench.pool.frames] == [FRAME.key] * 4
 
 
 def test_a_full_disk_loses_no_label(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
