@@ -1,7 +1,7 @@
 """Time per step of the embedded potential against SevenNet-0, on the same frames and the same single core.
 
 A step is what an MD step asks for: neighbour list, energy and forces of a frame whose atoms have just moved (and, for the embedded
-potential, the features for the uncertainty). Each potential runs in a process of its own, pinned to one core; the two take turns, so that
+potential, the features for the uncertainty). Force rows are what a label or a suspicious frame costs beside it. Each potential runs in a process of its own, pinned to one core; the two take turns, so that
 a busy machine hurts both alike. SevenNet lives in an environment of its own, .venv-sevennet, made on the first run.
 
     python benchmarks/embedded.py --json benchmarks/results/embedded.json
@@ -32,12 +32,14 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Step = Callable[[npt.NDArray[np.int64], Array], None]
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / ".venv-sevennet"
 SEVENNET = "sevenn==0.13.*"
-# copper, gold, waters: 20, 40 and 100 atoms
-SYSTEMS = {20: (2, 3, 5), 40: (2, 5, 11), 100: (2, 5, 31)}
+# copper, gold, waters; 8 atoms are the running cluster of the main job, the line holds for the others
+SYSTEMS = {8: (1, 1, 2), 20: (2, 3, 5), 40: (2, 5, 11), 100: (2, 5, 31)}
+LINE = (20, 40, 100)
 CUTOFF = 5.0
 PASS = 15.0  # times faster than SevenNet-0, at each size
 
@@ -59,8 +61,8 @@ def random_cluster(copper: int, gold: int, waters: int, rng: np.random.Generator
     return np.array([29] * copper + [79] * gold + [8, 1, 1] * waters), placed
 
 
-def painn() -> tuple[Callable[[npt.NDArray[np.int64], Array], None], dict[str, str]]:
-    """A step of the embedded potential, and the versions behind it."""
+def painn(rows: bool = False) -> tuple[Step, dict[str, str]]:
+    """A step of the embedded potential (or its force rows, in float64), and the versions behind it."""
     import torch
 
     from tumbaga.driver.backends.painn import load
@@ -70,12 +72,16 @@ def painn() -> tuple[Callable[[npt.NDArray[np.int64], Array], None], dict[str, s
     potential = load("painn:cuau-water", device="cpu")
 
     def step(numbers: npt.NDArray[np.int64], positions: Array) -> None:
-        potential.predict([Frame(numbers, positions)])
+        frame = Frame(numbers, positions)
+        if rows:
+            potential.force_rows(frame)
+        else:
+            potential.predict([frame])
 
     return step, _versions("torch", "numpy", "vesin")
 
 
-def sevennet() -> tuple[Callable[[npt.NDArray[np.int64], Array], None], dict[str, str]]:
+def sevennet() -> tuple[Step, dict[str, str]]:
     """A step of SevenNet-0 through its own ASE calculator."""
     import torch
     from ase import Atoms
@@ -101,7 +107,7 @@ def work(kind: str, frames: Path) -> None:
     """The child: one line "SIZE COUNT" in, one line of milliseconds out, until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print goes to stderr
-    step, versions = {"painn": painn, "sevennet": sevennet}[kind]()
+    step, versions = {"painn": painn, "rows": lambda: painn(rows=True), "sevennet": sevennet}[kind]()
     held = np.load(frames)
     rng = np.random.default_rng(0)
     print(json.dumps(versions), file=answers, flush=True)
@@ -173,20 +179,23 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
     np.savez(frames, **{f"numbers{s}": z for s, (z, _) in clusters.items()}, **{f"positions{s}": r for s, (_, r) in clusters.items()})  # type: ignore[arg-type]
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     ours, theirs = Child(Path(sys.executable), "painn", frames, core), Child(python, "sevennet", frames, core)
+    linear = Child(Path(sys.executable), "rows", frames, core)
     rows = []
     for size, (_, positions) in clusters.items():
         apart = np.linalg.norm(positions[:, None] - positions[None], axis=2)
         ours.steps(size, 20)
         theirs.steps(size, 3)
+        linear.steps(size, 1)
         mine, other = [], []
         for _ in range(rounds):
             mine += ours.steps(size, 20)
             other += theirs.steps(size, 3)
-        a, b = float(np.median(mine)), float(np.median(other))
+        a, b, c = (float(np.median(took)) for took in (mine, other, linear.steps(size, 3)))
         pairs = int((apart < CUTOFF).sum() - size)
-        rows.append({"atoms": size, "pairs": pairs, "painn_ms": round(a, 2), "sevennet0_ms": round(b, 1), "ratio": round(b / a, 1)})
-    ours.close()
-    theirs.close()
+        found = {"painn_ms": round(a, 2), "sevennet0_ms": round(b, 1), "ratio": round(b / a, 1), "force_rows_ms": round(c, 1)}
+        rows.append({"atoms": size, "pairs": pairs, **found})
+    for child in (ours, theirs, linear):
+        child.close()
     return {"rows": rows, "versions": {"painn": ours.versions, "sevennet": theirs.versions}}
 
 
@@ -204,19 +213,26 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         result = measure(3 if args.quick else 12, Path(folder))
-    print("atoms  pairs  painn:cuau-water  SevenNet-0  ratio   (median ms a step, one core)")
+    print("atoms  pairs  painn:cuau-water  SevenNet-0  ratio  force rows   (median ms, one core)")
     for row in result["rows"]:
-        print(f"{row['atoms']:5d} {row['pairs']:6d} {row['painn_ms']:17.2f} {row['sevennet0_ms']:11.1f} {row['ratio']:5.1f}x")
-    missed = [row for row in result["rows"] if row["ratio"] < PASS]
+        print(
+            f"{row['atoms']:5d} {row['pairs']:6d} {row['painn_ms']:17.2f} {row['sevennet0_ms']:11.1f} {row['ratio']:5.1f}x {row['force_rows_ms']:11.1f}"
+        )
+    missed = [row for row in result["rows"] if row["atoms"] in LINE and row["ratio"] < PASS]
     if args.json:
         machine = f"{os.cpu_count()}-core shared {platform.machine()} VM, {platform.system()}, Python {platform.python_version()}"
-        facts = {"command": shlex.join(["python", *sys.argv]), "date": datetime.date.today().isoformat(), "machine": machine, "passed": not missed}
+        facts = {
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.date.today().isoformat(),
+            "machine": machine,
+            "passed": not missed,
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**facts, **result}, indent=1) + "\n")
     if missed:
         print(f"missed: {missed[0]['ratio']}x faster than SevenNet-0 at {missed[0]['atoms']} atoms, {PASS:.0f}x is the line")
         raise SystemExit(1)
-    print(f"passed: at least {PASS:.0f}x faster than SevenNet-0 at {', '.join(str(row['atoms']) for row in result['rows'])} atoms")
+    print(f"passed: at least {PASS:.0f}x faster than SevenNet-0 at {', '.join(map(str, LINE))} atoms")
 
 
 if __name__ == "__main__":

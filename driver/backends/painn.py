@@ -227,7 +227,9 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> PaiNN:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise PotentialError(name, f"the file {str(path)!r} cannot be read as safetensors; it is damaged or something else ({error})") from error
+        raise PotentialError(
+            name, f"the file {str(path)!r} cannot be read as safetensors; it is damaged or something else ({error})"
+        ) from error
     return PaiNN(name, tensors, metadata, device, dtype)
 
 

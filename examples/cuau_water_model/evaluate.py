@@ -1,6 +1,6 @@
 """Errors of a potential on the held-out sets of the data set: forces, and energies per atom.
 
-    python examples/cuau_water_model/evaluate.py
+python examples/cuau_water_model/evaluate.py
 """
 
 from __future__ import annotations

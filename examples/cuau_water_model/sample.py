@@ -240,7 +240,9 @@ def _walled(forces_of: ForcesOf, radius: float) -> ForcesOf:
         centred = positions - positions.mean(axis=0)
         distance = np.linalg.norm(centred, axis=1, keepdims=True)
         excess = np.maximum(distance - radius, 0.0)
-        return energy + 0.5 * WALL_STIFFNESS * float((excess**2).sum()), forces - WALL_STIFFNESS * excess * centred / np.maximum(distance, 1e-9)
+        return energy + 0.5 * WALL_STIFFNESS * float((excess**2).sum()), forces - WALL_STIFFNESS * excess * centred / np.maximum(
+            distance, 1e-9
+        )
 
     return found
 

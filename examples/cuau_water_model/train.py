@@ -155,7 +155,10 @@ def train(model: Model, items: list[Item], held: list[Item], settings: Settings,
             _report(step, begin, settings.steps, since, sums / 500, average, held)
             sums[:] = 0
         if (step + 1) % 2000 == 0:
-            torch.save({"step": step + 1, "model": model.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}, checkpoint)
+            torch.save(
+                {"step": step + 1, "model": model.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()},
+                checkpoint,
+            )
     return average
 
 
@@ -198,7 +201,9 @@ def mean_row_norm(potential: PaiNN, data: dataset.DataSet, rows: npt.NDArray[np.
     return float(np.mean(np.concatenate([(potential.force_rows(data.frames[k]).rows ** 2).sum(axis=1) for k in chosen])))
 
 
-def write(model: Model, hyper: Hyper, reference: Array, data: dataset.DataSet, rows: npt.NDArray[np.int64], path: Path, facts: dict[str, object]) -> None:
+def write(
+    model: Model, hyper: Hyper, reference: Array, data: dataset.DataSet, rows: npt.NDArray[np.int64], path: Path, facts: dict[str, object]
+) -> None:
     """Write the weights file, its facts completed by the mean squared force row."""
     tensors = {key: np.ascontiguousarray(value.detach().numpy()) for key, value in model.network.state_dict().items()}
     tensors["readout"] = model.readout.detach().numpy().reshape(-1).astype(np.float64)

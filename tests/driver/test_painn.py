@@ -160,7 +160,9 @@ def test_force_rows_give_the_forces_of_any_readout(frame: Frame, layers: int) ->
     rows = model.force_rows(frame)
     for w in (model.readout(), np.random.default_rng(6).normal(size=32)):
         served = model.predict([frame], w[None])[0]
-        np.testing.assert_allclose((rows.rows @ w).reshape(-1, 3) + rows.forces_fixed, served.forces, atol=1e-8 * (1 + np.abs(served.forces).max()))
+        np.testing.assert_allclose(
+            (rows.rows @ w).reshape(-1, 3) + rows.forces_fixed, served.forces, atol=1e-8 * (1 + np.abs(served.forces).max())
+        )
         assert served.energy == pytest.approx(float(rows.phi @ w) + rows.energy_fixed, abs=1e-8)
     absent = [k for k, z in enumerate(ELEMENTS) if z not in frame.numbers]
     assert not rows.rows.reshape(-1, 4, 8)[:, absent].any()
@@ -180,7 +182,10 @@ def test_a_supercell_is_its_cells() -> None:
     """Twice the cell is twice the energy, and the same forces."""
     model, frame = potential(), crystal()
     double = Frame(
-        np.tile(frame.numbers, 2), np.concatenate([frame.positions, frame.positions + frame.cell[1]]), frame.cell * [[1], [2], [1]], periodic=True
+        np.tile(frame.numbers, 2),
+        np.concatenate([frame.positions, frame.positions + frame.cell[1]]),
+        frame.cell * [[1], [2], [1]],
+        periodic=True,
     )
     one, two = model.predict([frame, double])
 
@@ -309,7 +314,7 @@ from tumbaga.driver.backends.painn import load
 from tumbaga.online.records import Frame
 torch.set_num_threads(1)
 rng = np.random.default_rng(9)
-frames = [Frame(rng.choice((1, 8, 29, 79), n), rng.uniform(-3, 3, (n, 3))) for n in (8, 17, 60)]
+frames = [Frame(rng.choice((1, 8, 29, 79), n), rng.uniform(-3, 3, (n, 3))) for n in (8, 17, 120)]
 digest = hashlib.sha256()
 model = load("painn:cuau-water", device="cpu")
 for said in model.predict(frames) + model.predict(frames):
