@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from ase.data import atomic_masses, covalent_radii
 from ase.units import fs, kB
-from sample import XTB, ForcesOf, langevin
+from moving import XTB, ForcesOf, langevin
 
 from tumbaga.driver.backends.painn import PaiNN, load
 from tumbaga.online.records import Array, Frame
