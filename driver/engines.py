@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import sys
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -92,6 +93,7 @@ class IPi:
 
     def __init__(self, template: Frame, dynamics: Dynamics) -> None:
         self._template, self._dynamics = template, dynamics
+        self._properties = _Properties()
 
     @property
     def address(self) -> str:
@@ -133,8 +135,8 @@ class IPi:
         return max(whole, key=lambda path: (_step_of(path), path.stat().st_mtime), default=None)
 
     def progress(self, run_dir: Path) -> Progress:
-        """Read the properties file; a step that stands twice, after a continuation, counts once."""
-        return _progress(run_dir / FOLDER / "md.out")
+        """Read the properties file."""
+        return self._properties.progress(run_dir)
 
     def files(self, run_dir: Path) -> list[Path]:
         """Properties, positions, force uncertainty."""
@@ -154,6 +156,7 @@ class Ase:
 
     def __init__(self, template: str, dynamics: Dynamics, label: str) -> None:
         self._template, self._dynamics, self._label = template, dynamics, label
+        self._properties = _Properties()
 
     @property
     def address(self) -> str:
@@ -181,7 +184,7 @@ class Ase:
 
     def progress(self, run_dir: Path) -> Progress:
         """Read the properties file."""
-        return _progress(run_dir / FOLDER / "md.out")
+        return self._properties.progress(run_dir)
 
     def files(self, run_dir: Path) -> list[Path]:
         """Properties and trajectory."""
@@ -212,23 +215,47 @@ def _step_of(path: Path) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _progress(path: Path) -> Progress:
-    """Columns: step, time, conserved, temperature, potential."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return Progress()
-    rows: dict[int, list[float]] = {}
-    for line in text[: text.rfind("\n") + 1].splitlines():  # the last line may be on its way
-        with contextlib.suppress(ValueError, OverflowError):  # a line that a killed engine left half written
-            row = [float(x) for x in line.split()]
-            if len(row) == 5:
-                rows[int(row[0])] = row
-    if not rows:
-        return Progress()
-    table = np.array([rows[step] for step in sorted(rows)])
-    half = table[len(table) // 2 :, 3]
-    return Progress(int(table[-1, 0]), float(table[-1, 3]), float(half.mean()), bool(np.isfinite(table).all()))
+class _Properties:
+    """A properties file that grows: columns step, time, conserved, temperature, potential. Reads only what is new.
+
+    Args:
+        name: of the file in the engine's folder.
+    """
+
+    def __init__(self, name: str = "md.out") -> None:
+        self._name = name
+        self._forget()
+
+    def _forget(self) -> None:
+        self._offset = 0
+        self._step = 0
+        self._temperatures = array("d")
+        self._finite = True
+
+    def progress(self, run_dir: Path) -> Progress:
+        """Read on; what an engine wrote behind the state it goes on from was cut off, so no step stands twice."""
+        with contextlib.suppress(OSError):
+            self._read(run_dir / FOLDER / self._name)
+        if not self._temperatures:
+            return Progress()
+        half = np.array(self._temperatures[len(self._temperatures) // 2 :])
+        return Progress(self._step, self._temperatures[-1], float(half.mean()), self._finite)
+
+    def _read(self, path: Path) -> None:
+        if path.stat().st_size < self._offset:
+            self._forget()  # cut, because the engine goes on from an earlier step
+        with open(path, "rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may be on its way
+        self._offset += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, OverflowError):  # a line that a killed engine left half written
+                row = [float(x) for x in line.split()]
+                if len(row) == 5:
+                    self._step = int(row[0])
+                    self._temperatures.append(row[3])
+                    self._finite &= bool(np.isfinite(row).all())
 
 
 def _ipi_xyz(frame: Frame) -> str:

@@ -60,7 +60,7 @@ class Gateway:
         self._pool = Pool(self._evaluators, process.monotonic)
         self._random = Random(settings.seed)
         self._flag = flagging.Settings(settings.flag.force_error, settings.flag.audit_every, settings.flag.spacing)
-        ramp = RampState(serving.version, n=settings.learn.ramp_steps, rest=settings.learn.ramp_pause)
+        ramp = self._fresh_ramp(serving.version)
         species = np.asarray(numbers, dtype=np.int64)
         self.sessions = {
             str(address): Session(address, species, periodic, Backoff(Random(settings.seed + i)), ramp)
@@ -245,11 +245,12 @@ class Gateway:
 
     def _second_try(self, session: Session, job: Job, problem: str) -> None:
         """The last good version may do better; if that was it, refuse."""
-        good = job.mix[0]
-        if job.crashes >= 1 or (job.mix == (good, good, 1.0) and good == 0):
+        old, new, _ = job.mix
+        good = 0 if old == new else old
+        if job.second or old == new == good:
             self._refuse(session, problem)
             return
-        fallback = Mix(0, 0, 1.0) if job.mix[0] == job.mix[1] else Mix(good, good, 1.0)
+        fallback = Mix(good, good, 1.0)
         self._reporter.log("warning", "evaluated again", session=session.name, problem=problem, version=fallback.new)
         self._error(f"{session.name}: {problem}; evaluated again with version {fallback.new}")
         self._pool.add(Job(job.session, job.ticket, job.frame, fallback, job.crashes, second=True))
@@ -330,9 +331,23 @@ class Gateway:
     def _version_loaded(self, message: bus.Loaded) -> None:
         if message.error:
             self._error(f"version {message.version} was refused: {message.error}")
+            self._withdraw(message.version)
             self._learner.send(bus.NowServing(message.version, message.error), to=bus.LEARNER)
         elif message.version == self._target.version and message.version != self._serving and self._pool.holds(message.version):
             self._publish(message.version)
+
+    def _withdraw(self, version: int) -> None:
+        """A version cannot be served (any more, if an evaluator was restarted): sessions that use it go back to what they came from."""
+        for session in self.sessions.values():
+            ramp = session.ramp
+            if version in (ramp.serving, ramp.waiting) or (ramp.ramp and version in (ramp.ramp.from_version, ramp.ramp.to_version)):
+                session.ramp = self._fresh_ramp(0 if ramp.serving == version else ramp.serving)
+        if self._serving == version:
+            self._serving = max((session.ramp.serving for session in self.sessions.values()), default=0)
+
+    def _fresh_ramp(self, version: int) -> RampState:
+        learn = self._settings.learn
+        return RampState(version, idle=learn.ramp_pause, n=learn.ramp_steps, rest=learn.ramp_pause)
 
     def _publish(self, version: int) -> None:
         """Every evaluator holds it: sessions begin to move to it, each over its own ramp."""
@@ -340,9 +355,7 @@ class Gateway:
         self._counts["swaps"] += 1
         for session in self.sessions.values():
             # a session without an engine has nothing to be smooth for
-            session.ramp = session.ramp.publish(version) if session.stream is not None else RampState(
-                version, n=self._settings.learn.ramp_steps, rest=self._settings.learn.ramp_pause
-            )
+            session.ramp = session.ramp.publish(version) if session.stream is not None else self._fresh_ramp(version)
         self._learner.send(bus.NowServing(version), to=bus.LEARNER)
         self._reporter.log("info", "swap", version=version)
 

@@ -188,6 +188,7 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
                 worker.beat()
             worker.finished()
             worker.messages()
+        worker.finished()  # what ended in the last moment was paid for
     finally:
         worker.close()
         shutil.rmtree(scratch, ignore_errors=True)

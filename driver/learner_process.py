@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tumbaga.driver import config as configs
 from tumbaga.driver import process
 from tumbaga.driver.backends import registry
 from tumbaga.driver.errors import PotentialError
+from tumbaga.driver.gateway import read_serving
 from tumbaga.online import selection, spool, versions
 from tumbaga.online.errors import VersionError
 from tumbaga.online.labels.factory import make_labeller
@@ -52,7 +54,7 @@ class LearnerProcess:
         method = make_labeller(settings.label.method, **settings.label.options).method
         self._learner = Learner(self._potential, self._store, limits, method)
         self._version, self._path = 0, ""
-        self._held_back: versions.VersionFile | None = None
+        self._unlearnt = False
         self._resume()
         self._busy: dict[str, bus.WorkerBusy] = {}
         self._sent: set[int] = set()  # tasks that this process gave out; what an earlier one had on its way went down with it
@@ -67,7 +69,16 @@ class LearnerProcess:
         if not known:
             self._add_base()
             return
-        for version in reversed([v for v in known if v.state != "refused" and v.number > 0]):
+        self._serve_newest()
+        self._learner.quantile = replace(self._learner.quantile, q=read_serving(self._run_dir).quantile)
+        # labels that were stored when an earlier process died, but not learnt from
+        if self._learner.n_labels > max(version.labels for version in known):
+            self._unlearnt = True
+
+    def _serve_newest(self) -> None:
+        """Serve the newest version that is whole and was not refused, else the base."""
+        self._version, self._path = 0, ""
+        for version in reversed([v for v in self._store.versions() if v.state != "refused" and v.number > 0]):
             try:
                 layer = versions.read(self._run_dir / version.file)
             except VersionError as error:
@@ -77,6 +88,7 @@ class LearnerProcess:
             self._version, self._path = version.number, version.file
             self._learner.serve(layer.readout, layer.covariance)
             return
+        self._learner.serve_base()
 
     def _add_base(self) -> None:
         """Version 0: what the run started with, whole, so that the run directory can be copied elsewhere."""
@@ -129,6 +141,10 @@ class LearnerProcess:
         if message.error:
             self._store.set_version_state(message.version, "refused")
             self._reporter.log("error", "version refused", version=message.version, error=message.error)
+            if message.version == self._version:
+                self._serve_newest()
+                self._note_serving()
+                self._tell_gateway()
         elif message.version:
             self._store.set_version_state(message.version, "served")
             self._store.add_event("swap", version=message.version)
@@ -170,7 +186,7 @@ class LearnerProcess:
 
     def _ingest(self) -> None:
         """Store every result in the spool, then learn from the new training labels."""
-        learnt = False
+        learnt, self._unlearnt = self._unlearnt, False
         for path, result in list(spool.waiting(self._run_dir)):
             if result is None:
                 path.rename(path.with_suffix(".unreadable"))

@@ -20,6 +20,7 @@ import structlog
 import zmq
 
 from tumbaga.driver.errors import DriverError
+from tumbaga.online.errors import OnlineError
 from tumbaga.socket_protocol import bus
 
 EXIT_USER: Final = 78  # a fault that starting again will not mend (EX_CONFIG of sysexits.h)
@@ -110,7 +111,7 @@ def run(process: str, body: Callable[[Path, Lifeline], None]) -> None:
     lifeline = Lifeline()
     try:
         body(run_dir, lifeline)
-    except DriverError as error:
+    except (DriverError, OnlineError) as error:
         print(f"{process}: {error}", file=sys.stderr)  # noqa: T201 - the supervisor reads it
         code = EXIT_USER
     except Exception:  # noqa: BLE001 - the process boundary

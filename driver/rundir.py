@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tumbaga.driver.errors import RunDirError
 from tumbaga.online.versions import write_whole
 from tumbaga.socket_protocol import bus
 
+_ATTEMPTS, _PAUSE_S = 5, 0.05
 LOCK, STATUS = "lock", "status.json"
 _ALIVE = ("starting", "running", "finishing labels", "stopping")  # states of a run that somebody holds
 
@@ -41,18 +43,25 @@ class RunDir:
             lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise RunDirError(str(self.path), f"cannot be made or written ({error.strerror}); choose another with --run-dir") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            holder = self.holder()
-            raise RunDirError(
-                str(self.path), f"is in use by process {holder}; stop that run first (tumbaga stop {self.path}) or choose another folder"
-            ) from error
+        for attempt in range(_ATTEMPTS):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if attempt + 1 < _ATTEMPTS:
+                    time.sleep(_PAUSE_S)  # somebody who only asks for the holder holds it for an instant
+                    continue
+                os.close(lock)
+                raise self._in_use() from error
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         os.set_inheritable(lock, False)
         self._lock = lock
+
+    def _in_use(self) -> RunDirError:
+        return RunDirError(
+            str(self.path), f"is in use by process {self.holder()}; stop that run first (tumbaga stop {self.path}) or choose another folder"
+        )
 
     def release(self) -> None:
         """Let it go."""

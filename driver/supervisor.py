@@ -33,6 +33,7 @@ from tumbaga.socket_protocol import bus
 _TICK_MS = 100
 _STATUS_S = 0.5
 _HUNG_S = 600.0  # an evaluator that is at one batch for so long is killed
+_CATCH_UP_S = 3.0
 _DRAIN_S = 180.0  # how long the end of a run waits for labels that are under way
 _PATIENCE = {"engine": 30.0, "label": 5.0, "other": 10.0}
 
@@ -95,9 +96,7 @@ class Supervisor:
         started = False
         while not self._stops:
             self._listen()
-            fault = next((fault for child in self._children if (fault := self._watch(child))), "")
-            if fault:
-                self._fail(fault)
+            if self._faults():
                 return
             if not started and self._ready():
                 started, self._state = True, "running"
@@ -105,6 +104,19 @@ class Supervisor:
             if self._engine_ended() or self._given_up():
                 return
             self._tick()
+
+    def _faults(self) -> bool:
+        """Look after all children; True if the run cannot go on. Without a learner or a label worker it can: then it serves and says so."""
+        for child in self._children:
+            fault = self._watch(child)
+            if not fault or fault in self._errors:
+                continue
+            if self._state == "starting" or child.name == "gateway" or child.name.startswith("evaluator"):
+                self._fail(fault)
+                return True
+            self._errors.append(fault)
+            self._log("supervisor", "error", "given up", child=child.name, fault=fault)
+        return False
 
     def _watch(self, child: Child) -> str:
         died = child.died_with()
@@ -164,15 +176,20 @@ class Supervisor:
         drained = False
         while not self._stops and not drained and process.monotonic() < until:
             self._listen()
-            for child in self._children:
-                self._watch(child)
+            if self._faults() or self._watch(learner):
+                return
             report = self._reports.get("learner", {})
-            drained = bool(report.get("draining")) and not report["labels"]["running"] and self._caught_up(report)
+            drained = bool(report.get("draining")) and not report["labels"]["running"]
             self._tick()
+        self._catch_up(process.monotonic() + _CATCH_UP_S)
 
-    def _caught_up(self, report: dict[str, Any]) -> bool:
-        """Whether the newest version has reached the gateway."""
-        return bool(self._reports.get("gateway", {}).get("serving_version") == report["version"])
+    def _catch_up(self, until: float) -> None:
+        """Let the newest version reach the gateway, so that what the status says is what a next start serves."""
+        while not self._stops and process.monotonic() < until:
+            served, newest = (self._reports.get(name, {}).get(key) for name, key in (("gateway", "serving_version"), ("learner", "version")))
+            if served == newest:
+                return
+            self._listen()
 
     def _stop(self) -> None:
         if self._state in ("running", "starting"):

@@ -91,6 +91,11 @@ class Learner:
         for frame_id in selection.stale(waiting, scores, self._limits):
             self._store.drop(frame_id, f"an update brought its force uncertainty down to {scores[frame_id]:.3f} eV/Å")
 
+    def serve_base(self) -> None:
+        """The base potential serves, with the uncertainty of the prior."""
+        prior = last_layer.fit([], self._base, self._settings, mean_h2=self._mean_h2 or 1.0)
+        self.serve(prior.readout, prior.covariance)
+
     # -- candidates ------------------------------------------------------------------------------------------------------------------
 
     def candidate(
@@ -98,7 +103,7 @@ class Learner:
     ) -> bool:
         """Take a frame that the gateway flagged; return whether it was accepted for a label.
 
-        It is on disk when this returns. The score from the last layer only asked for a look: force rows decide.
+        It is on disk when this returns, unless the budget is spent. The score from the last layer only asked for a look: force rows decide.
 
         Args:
             frame: the frame.
@@ -111,6 +116,8 @@ class Learner:
             energy: what was served, eV.
             forces: what was served, shape (n_atoms, 3), eV/Å.
         """
+        if self.scale.known and sum(self._store.queued_by_role().values()) >= self._limits.budget:
+            return False  # nothing can come of it, and a run of weeks would fill the disk with frames
         frame_id = self._store.add_flag(
             frame, session=session, step=step, reason=reason, score=score, version=version, energy=energy, forces=forces
         )
