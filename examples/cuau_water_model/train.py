@@ -212,6 +212,7 @@ def write(
     facts = {**facts, "mean_h2": mean_row_norm(PaiNN("painn:new", tensors, metadata), data, rows)}
     metadata["facts"] = json.dumps(facts, sort_keys=True)
     save_file(tensors, path, metadata)
+    path.chmod(0o644)  # safetensors writes for the owner only, and a package is for all
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, {metadata['facts']}")
 
 
