@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ase.data import covalent_radii
+from ase import units
+from ase.data import atomic_masses, covalent_radii
 from safetensors.numpy import save_file
 
 from tumbaga.driver.backends import painn_pairs
-from tumbaga.driver.backends.painn import ARCHITECTURE, PaiNN, UnknownElementError, load
+from tumbaga.driver.backends.painn import ARCHITECTURE, DATA, PaiNN, UnknownElementError, load
 from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.errors import PotentialError
+from tumbaga.driver.structures import read_frame
 from tumbaga.online.ports import Trainable
 from tumbaga.online.records import Frame
 
@@ -340,3 +342,22 @@ def test_the_packaged_potential_declares_itself() -> None:
     assert spec.elements == ELEMENTS
     assert (spec.n_hidden, spec.cutoff, spec.level) == (32, 5.0, "GFN2-xTB")
     assert spec.mean_h2 > 0
+
+
+def test_energy_is_conserved_without_a_thermostat() -> None:
+    """Fifty femtoseconds of NVE at 300 K in float32, pairs crossing the cutoff and all: the total energy stays within 1 meV an atom."""
+    model = load("painn:cuau-water", device="cpu")
+    frame = read_frame(DATA / "cuau-water.xyz")
+    masses, step = atomic_masses[frame.numbers][:, None], 0.25 * units.fs
+    velocities = np.random.default_rng(10).normal(size=frame.positions.shape) * np.sqrt(units.kB * 300.0 / masses)
+    positions, said = frame.positions, model.predict([frame])[0]
+    totals = []
+    for _ in range(200):
+        velocities = velocities + 0.5 * step * said.forces / masses
+        positions = positions + step * velocities
+        said = model.predict([Frame(frame.numbers, positions)])[0]
+        velocities = velocities + 0.5 * step * said.forces / masses
+        totals.append(said.energy + float(0.5 * (masses * velocities**2).sum()))
+
+    assert np.ptp(totals) < 1e-3 * len(frame)
+    assert abs(np.mean(totals[150:]) - np.mean(totals[:50])) < 2e-4 * len(frame)
