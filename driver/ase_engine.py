@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from tumbaga.driver import outputs
-
 
 def main(task_file: str) -> None:
     """Run the task: read it, wait for a driver on the socket, integrate, write properties and trajectory.
@@ -25,8 +23,7 @@ def main(task_file: str) -> None:
 
     task: dict[str, Any] = json.loads(Path(task_file).read_text())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    atoms, done = _start(task)
-    outputs.cut_table(Path("md.out"), done if done else -1)
+    atoms, done = _start(task), int(task["done"])
     generator = np.random.default_rng([task["seed"], done])
     with SocketIOCalculator(unixsocket=task["socket"]) as calculator, open("md.out", "a", buffering=1) as out:
         atoms.calc = calculator
@@ -57,19 +54,15 @@ def main(task_file: str) -> None:
         dynamics.run(max(0, task["steps"] - done))
 
 
-def _start(task: dict[str, Any]) -> tuple[Any, int]:
+def _start(task: dict[str, Any]) -> Any:
     from ase.io import read
     from ase.md.velocitydistribution import thermalize_momenta
 
-    if Path("md.traj").exists() and Path("md.traj").stat().st_size:
-        atoms = read("md.traj", index=-1)
-        done = int(atoms.info.get("step", 0))
-        if done:
-            return atoms, done
-        Path("md.traj").unlink()  # nothing but the start: begin again
+    if task["done"]:
+        return read("md.traj", index=-1)
     atoms = read(task["template"])
     thermalize_momenta(atoms, temperature_K=task["temperature"], rng=np.random.default_rng(task["seed"]))
-    return atoms, 0
+    return atoms
 
 
 if __name__ == "__main__":

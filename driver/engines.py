@@ -63,9 +63,17 @@ class Progress:
 
 
 class Engine(Protocol):
-    """An engine of a run."""
+    """An engine of a run.
+
+    Attributes:
+        name: for people.
+        dynamics: what it is asked to do.
+        done: steps of earlier starts, from which it goes on; known once it is prepared.
+    """
 
     name: str
+    dynamics: Dynamics
+    done: int
 
     @property
     def address(self) -> str:
@@ -92,7 +100,7 @@ class IPi:
     name = "i-PI"
 
     def __init__(self, template: Frame, dynamics: Dynamics) -> None:
-        self._template, self._dynamics = template, dynamics
+        self._template, self.dynamics, self.done = template, dynamics, 0
         self._properties = _Properties()
 
     @property
@@ -116,15 +124,15 @@ class IPi:
             (folder / stale).unlink(missing_ok=True)
         old = self._restart_file(folder)
         if old is not None:
-            text = re.sub(r"<total_steps>[^<]*</total_steps>", f"<total_steps>{self._dynamics.steps}</total_steps>", old.read_text())
+            text = re.sub(r"<total_steps>[^<]*</total_steps>", f"<total_steps>{self.dynamics.steps}</total_steps>", old.read_text())
             (folder / "continue.xml").write_text(text)
-            done = _step_of(old)
-            outputs.cut_table(folder / "md.out", done)
-            outputs.cut_xyz(folder / "md.pos_0.xyz", done)
-            outputs.cut_extras(folder / "md.std_0", done)
+            self.done = _step_of(old)
+            outputs.cut_table(folder / "md.out", self.done)
+            outputs.cut_xyz(folder / "md.pos_0.xyz", self.done)
+            outputs.cut_extras(folder / "md.std_0", self.done)
             return [sys.executable, str(program), "-S", "./", "continue.xml"]
         (folder / "init.xyz").write_text(_ipi_xyz(self._template))
-        (folder / "input.xml").write_text(_ipi_input(self._dynamics))
+        (folder / "input.xml").write_text(_ipi_input(self.dynamics))
         return [sys.executable, str(program), "-S", "./", "input.xml"]
 
     @staticmethod
@@ -155,7 +163,7 @@ class Ase:
     name = "ASE"
 
     def __init__(self, template: str, dynamics: Dynamics, label: str) -> None:
-        self._template, self._dynamics, self._label = template, dynamics, label
+        self._template, self.dynamics, self._label, self.done = template, dynamics, label, 0
         self._properties = _Properties()
 
     @property
@@ -168,8 +176,13 @@ class Ase:
         folder = run_dir / FOLDER
         folder.mkdir(exist_ok=True)
         Path(f"/tmp/ipi_{self._label}").unlink(missing_ok=True)
-        d = self._dynamics
+        self.done = _last_frame(folder / "md.traj")
+        if not self.done:
+            (folder / "md.traj").unlink(missing_ok=True)
+        outputs.cut_table(folder / "md.out", self.done or -1)
+        d = self.dynamics
         task = {
+            "done": self.done,
             "template": self._template,
             "socket": self._label,
             "steps": d.steps,
@@ -208,6 +221,15 @@ def _label(run_dir: Path) -> str:
     import hashlib
 
     return f"tumbaga-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:10]}"
+
+
+def _last_frame(trajectory: Path) -> int:
+    """The step of the last frame that an earlier start saved, 0 if it saved none."""
+    from ase.io import read
+
+    if not trajectory.exists() or not trajectory.stat().st_size:
+        return 0
+    return int(read(trajectory, index=-1).info.get("step", 0))
 
 
 def _step_of(path: Path) -> int:

@@ -161,6 +161,11 @@ class Supervisor:
         if self._engine_process.returncode:
             text = (self._path / process.LOGS / "engine.log").read_text(errors="replace").strip().splitlines()
             self._fail(f"{self._engine.name} ended with code {self._engine_process.returncode}; its last words: {text[-1] if text else '(none)'}")
+            return True
+        dynamics, step = self._engine.dynamics, self._engine.progress(self._path).step
+        if step + dynamics.stride <= dynamics.steps:
+            # an engine that was asked to leave by somebody else says that all went well
+            self._fail(f"{self._engine.name} left at step {step} of {dynamics.steps}; the same command goes on from there")
         return True
 
     # -- the end ---------------------------------------------------------------------------------------------------------------------
@@ -291,6 +296,8 @@ class Supervisor:
         }
         if self._engine is not None:
             progress = self._engine.progress(self._path)
+            # the gateway counts from its own start; the output knows what was done before
+            status["steps"] = max(status["steps"] + self._engine.done, progress.step)
             status["engine"] = {"name": self._engine.name, "step": progress.step, "temperature": _finite(progress.temperature)}
             status["engine"] |= {"mean_temperature": _finite(progress.mean_temperature), "finite": progress.finite}
             if self._engine_process is not None:

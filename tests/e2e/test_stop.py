@@ -48,6 +48,7 @@ def test_a_run_stops_in_order_and_goes_on_from_there(engine: str, how: str, star
     assert second.end() == 0, second.output
     assert second.status()["state"] == "finished"
     assert second.status()["force_calls"] < STEPS
+    assert second.status()["steps"] == STEPS
     assert every_row_once(table(second))
 
 
@@ -106,6 +107,18 @@ def test_a_killed_engine_fails_the_run_and_the_next_start_goes_on(start: Callabl
 
     frames = read(second.run_dir / "engine" / "md.pos_0.xyz", index=":", format="xyz")
     assert len(frames) == STEPS // 100 + 1
+
+
+@pytest.mark.slow
+def test_an_engine_that_leaves_early_has_not_finished(start: Callable[..., Program]) -> None:
+    """i-PI ends with code 0 when somebody else tells it to: the run says how far it came, with exit code 1, and can go on."""
+    first = begin(start)
+    first.steps(150)
+    first.kill("engine", signal.SIGTERM)
+    assert first.end() == 1
+    (told,) = first.status()["errors"]
+    assert told.startswith("i-PI left at step ")
+    assert told.endswith(f" of {STEPS}; the same command goes on from there")
 
 
 def test_stop_says_so_where_nothing_runs(tmp_path: Path) -> None:
