@@ -2,8 +2,8 @@
 
 A last-layer update and its force uncertainty need d(features)/d(positions), one column for each of n_elements * n_hidden readout weights.
 Backward passes cost one a column; forward derivatives cost one a coordinate and share most of their arithmetic, because a pair vector
-changes with two atoms only. Measured at 8, 20 and 40 atoms it is several times faster than batched backward passes
-(docs/models/cuau-water.md), and torch.func would cost seconds at its first call.
+changes with two atoms only. On one core it took 11, 67 and 310 ms at 8, 20 and 40 atoms, where batched backward passes took 250, 950 and
+8,500 ms; torch.func was in between, but cost seconds at its first call, which a force call would feel.
 
 Layout of every derivative: (moved atom, atom, direction of the move, ...). Silu and roots are the only nonlinear steps.
 """
