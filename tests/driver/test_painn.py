@@ -12,6 +12,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from ase import units
@@ -24,7 +25,7 @@ from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.errors import PotentialError
 from tumbaga.driver.structures import read_frame
 from tumbaga.online.ports import Trainable
-from tumbaga.online.records import Frame
+from tumbaga.online.records import Frame, Prediction
 
 ELEMENTS = (1, 8, 29, 79)
 STEP = 1e-4  # Å, central differences: an error of about 1e-8 of the third derivative
@@ -48,6 +49,15 @@ def cluster(n_atoms: int = 9, seed: int = 1, spread: float = 2.4) -> Frame:
     """Random atoms, some pairs close enough for the core to act."""
     rng = np.random.default_rng(seed)
     return Frame(rng.choice(ELEMENTS, n_atoms), rng.uniform(-spread, spread, (n_atoms, 3)))
+
+
+def few(numbers: list[int], positions: npt.ArrayLike) -> Frame:
+    return Frame(np.array(numbers, dtype=np.int64), np.array(positions, dtype=np.float64))
+
+
+def shown(said: Prediction) -> np.ndarray:
+    assert said.features is not None
+    return said.features
 
 
 def crystal(seed: int = 2) -> Frame:
@@ -120,13 +130,13 @@ def test_the_energy_is_invariant_and_the_forces_turn_along() -> None:
 def test_a_batch_says_what_its_frames_say_alone() -> None:
     """Frames of different sizes, with and without a cell, do not feel one another."""
     model = potential()
-    frames = [cluster(9), crystal(), cluster(1), cluster(5, seed=5), Frame([79, 29], [[0, 0, 0], [90.0, 0, 0]])]
+    frames = [cluster(9), crystal(), cluster(1), cluster(5, seed=5), few([79, 29], [[0.0, 0.0, 0.0], [90.0, 0.0, 0.0]])]
     for together, frame in zip(model.predict(frames), frames, strict=True):
         alone = model.predict([frame])[0]
         assert together.energy == pytest.approx(alone.energy, abs=EXACT * 1e2)
         np.testing.assert_allclose(together.forces, alone.forces, atol=1e-7)
         np.testing.assert_allclose(together.virial, alone.virial, atol=1e-7)
-        np.testing.assert_allclose(together.features, alone.features, atol=EXACT)
+        np.testing.assert_allclose(shown(together), shown(alone), atol=EXACT)
     assert model.predict([]) == []
 
 
@@ -137,7 +147,7 @@ def test_float32_follows_float64() -> None:
 
     assert single.energy == pytest.approx(double.energy, abs=SINGLE)
     np.testing.assert_allclose(single.forces, double.forces, atol=SINGLE)
-    assert single.forces.dtype == single.virial.dtype == single.features.dtype == np.float64
+    assert single.forces.dtype == single.virial.dtype == shown(single).dtype == np.float64
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -146,7 +156,7 @@ def test_features_and_readout_give_the_energy(dtype: str) -> None:
     model, frame = potential(dtype), cluster()
     said, rows = model.predict([frame])[0], model.force_rows(frame)
     phi = np.zeros((4, 8))
-    np.add.at(phi, np.searchsorted(ELEMENTS, frame.numbers), said.features)
+    np.add.at(phi, np.searchsorted(ELEMENTS, frame.numbers), shown(said))
 
     assert isinstance(model, Trainable)
     assert model.spec.n_columns == model.readout().size == 32
@@ -221,17 +231,17 @@ def test_both_neighbour_lists_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_an_atom_alone_feels_nothing(dtype: str) -> None:
     """No pairs: zero forces and virial, a finite energy, features of the right shape."""
-    said = potential(dtype).predict([Frame([79], [[1.0, 2.0, 3.0]])])[0]
+    said = potential(dtype).predict([few([79], [[1.0, 2.0, 3.0]])])[0]
 
     assert np.isfinite(said.energy)
     assert not said.forces.any()
     assert not said.virial.any()
-    assert said.features.shape == (1, 8)
+    assert shown(said).shape == (1, 8)
 
 
 def test_coinciding_atoms_give_no_finite_lie() -> None:
     """Two atoms in one place are answered with non-finite numbers, not with an exception."""
-    assert not potential().predict([Frame([1, 8], np.zeros((2, 3)))])[0].finite
+    assert not potential().predict([few([1, 8], np.zeros((2, 3)))])[0].finite
 
 
 @pytest.mark.parametrize("edge", [painn_pairs.CORE_INNER, painn_pairs.CORE_OUTER])
@@ -255,7 +265,7 @@ def test_every_pair_repels_at_short_distance(a: int, b: int) -> None:
     """The packaged potential: between 0.5 and 0.65 of the sum of covalent radii every pair is pushed apart, ever harder inwards than at 0.65."""
     model, contact = load("painn:cuau-water", device="cpu"), covalent_radii[a] + covalent_radii[b]
     scan = np.linspace(0.5, 1.0, 26)
-    said = model.predict([Frame([a, b], [[0, 0, 0], [factor * contact, 0, 0]]) for factor in scan])
+    said = model.predict([few([a, b], [[0.0, 0.0, 0.0], [factor * contact, 0.0, 0.0]]) for factor in scan])
     push = np.array([p.forces[1, 0] for p in said])
     energies = np.array([p.energy for p in said])
 
@@ -268,9 +278,9 @@ def test_every_pair_repels_at_short_distance(a: int, b: int) -> None:
 def test_an_unknown_element_is_refused_with_a_sentence() -> None:
     """The error names the element and the known ones, and survives pickling."""
     with pytest.raises(UnknownElementError, match="it does not know Pt; it knows H, O, Cu, Au") as caught:
-        potential().predict([Frame([1, 78], [[0, 0, 0], [2.0, 0, 0]])])
+        potential().predict([few([1, 78], [[0.0, 0.0, 0.0], [2.0, 0.0, 0.0]])])
     with pytest.raises(UnknownElementError):
-        potential().force_rows(Frame([78], [[0, 0, 0]]))
+        potential().force_rows(few([78], [[0, 0, 0]]))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
