@@ -109,7 +109,7 @@ def test_an_engine_of_other_size_is_told_off_and_the_others_go_on(start: Callabl
     """A frame with another number of atoms than the template ends that session with a sentence that names both counts."""
     wrong, right = socket_name(), socket_name()
     with listen(Address.unix(wrong)) as bad, listen(Address.unix(right)) as good:
-        server = start(*SERVE, "--connect", f"unix:{wrong}", "--connect", f"unix:{right}")
+        server = start(*SERVE, "-u", "-a", wrong, "--connect", f"unix:{right}")
         with BlockingEngine.accept(good, timeout=TIMEOUT) as engine:
             check_engine(engine, range(3))
             stranger = BlockingEngine.accept(bad, timeout=TIMEOUT)
