@@ -55,16 +55,25 @@ def groups(data: dataset.DataSet) -> dict[str, npt.NDArray[np.int64]]:
     }
 
 
+def by_composition(data: dataset.DataSet) -> dict[str, npt.NDArray[np.int64]]:
+    """The last tenths of the trajectories, each composition by itself."""
+    block = dataset.splits(data)["block"]
+    formulas = np.array([name.partition("/")[0] for name in data.trajectories[block]])
+    return {str(formula): block[formulas == formula] for formula in np.unique(formulas)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="painn:cuau-water")
     parser.add_argument("--data", type=Path, default=dataset.DATA)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compositions", action="store_true", help="the last tenths of the trajectories, by composition")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     data, potential = dataset.read(args.data), load(args.model, device="cpu", dtype=args.dtype)
-    found = {name: errors(potential, data, rows) for name, rows in groups(data).items() if len(rows)}
+    sets = by_composition(data) if args.compositions else groups(data)
+    found = {name: errors(potential, data, rows) for name, rows in sets.items() if len(rows)}
     print(f"{'set':45s} frames  force RMSE / MAE (label rms), meV/Å   energy RMSE / MAE, meV/atom")
     for name, one in found.items():
         force = f"{one['force_rmse']:8.0f} / {one['force_mae']:3.0f} ({one['label_rms']:5.0f})"
