@@ -28,6 +28,7 @@ fast: $(VENV)/installed-dev  ## the tests that take seconds
 lint: $(VENV)/installed-dev  ## lint, types, import contracts
 	@echo "== lint"
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	@echo "== types"
 	$(BIN)/mypy
 	@echo "== import contracts"

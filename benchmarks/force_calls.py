@@ -48,7 +48,9 @@ def main() -> int:
         ms, labels = status["call_ms"], status["labels"]["converged"]
         rate = status["steps"] / status["seconds"]
         rows.append({"delay": delay, "steps": status["steps"], "rate": round(rate, 1), "labels": labels, "swaps": status["swaps"], **ms})
-        print(f"{delay:8.0f} {status['steps']:7d} {rate:8.0f} {labels:7d} {status['swaps']:6d} {ms['p50']:8.2f} {ms['p99']:8.2f} {ms['max']:8.1f}")
+        print(
+            f"{delay:8.0f} {status['steps']:7d} {rate:8.0f} {labels:7d} {status['swaps']:6d} {ms['p50']:8.2f} {ms['p99']:8.2f} {ms['max']:8.1f}"
+        )
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": described(), "command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
     first, last = rows[0], rows[-1]

@@ -36,7 +36,8 @@ RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", h
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 ErrorOption = Annotated[
-    float | None, typer.Option("--force-error", metavar="EV_PER_A", help="Force error to hold, eV/Å: frames less certain than this are labelled.")
+    float | None,
+    typer.Option("--force-error", metavar="EV_PER_A", help="Force error to hold, eV/Å: frames less certain than this are labelled."),
 ]
 LabelOption = Annotated[
     str | None, typer.Option("--label", metavar="METHOD", help="Who labels: pyscf, or ase:MODULE:CLASS for any ASE calculator.")
@@ -86,16 +87,21 @@ def run(
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The potential: painn:cuau-water, painn:FILE, toy:zero, toy:lj.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The potential: painn:cuau-water, painn:FILE, toy:zero, toy:lj.")
+    ] = None,
     template: Annotated[
         Path | None, typer.Option("--template", "-t", metavar="FILE", help="A structure with the engine's atoms in the engine's order.")
     ] = None,
     unix: Annotated[bool, typer.Option("--unix", "-u", help="Use a unix socket.")] = False,
     address: Annotated[str | None, typer.Option("--address", "-a", metavar="NAME|HOST", help="Unix socket name, or host.")] = None,
     port: Annotated[int | None, typer.Option("--port", "-p", metavar="PORT", help="Port, for a host.")] = None,
-    prefix: Annotated[str, typer.Option("--sockets_prefix", "-S", metavar="PREFIX", help="What a unix socket name begins with.")] = "/tmp/ipi_",
+    prefix: Annotated[
+        str, typer.Option("--sockets_prefix", "-S", metavar="PREFIX", help="What a unix socket name begins with.")
+    ] = "/tmp/ipi_",
     connect: Annotated[
-        list[str] | None, typer.Option("--connect", metavar="ADDRESS", help="unix:NAME or tcp:HOST:PORT; can be repeated, one session each.")
+        list[str] | None,
+        typer.Option("--connect", metavar="ADDRESS", help="unix:NAME or tcp:HOST:PORT; can be repeated, one session each."),
     ] = None,
     run_dir: RunDirOption = None,
     no_learn: NoLearnOption = False,
@@ -135,9 +141,7 @@ def serve(
 
 
 @app.command()
-def status(
-    run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False
-) -> None:
+def status(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False) -> None:
     """Say how a run is, while it goes on or after it ended."""
     from tumbaga.driver import display
     from tumbaga.driver.rundir import RunDir
@@ -164,7 +168,9 @@ def stop(
     until = time.monotonic() + timeout
     while folder.holder() is not None:
         if time.monotonic() > until:
-            raise RunDirError(str(run), f"process {holder} has not stopped within {timeout:g} s; look at {run}/log, or wait longer with --timeout")
+            raise RunDirError(
+                str(run), f"process {holder} has not stopped within {timeout:g} s; look at {run}/log, or wait longer with --timeout"
+            )
         time.sleep(0.1)
     typer.echo(f"{run}: stopped")
 

@@ -93,7 +93,9 @@ def summary(run_dir: Path, status: dict[str, Any], files: list[Path]) -> str:
             + ("" if engine["finite"] else "; THE OUTPUT HOLDS NUMBERS THAT ARE NOT FINITE")
         )
     ms = status["call_ms"]
-    lines.append(f"  force calls: {status['force_calls']}; median {ms['p50']:.1f} ms, 99 % within {ms['p99']:.1f} ms, longest {ms['max']:.0f} ms")
+    lines.append(
+        f"  force calls: {status['force_calls']}; median {ms['p50']:.1f} ms, 99 % within {ms['p99']:.1f} ms, longest {ms['max']:.0f} ms"
+    )
     if status["evaluator_restarts"]:
         lines.append(f"  the evaluator was restarted {status['evaluator_restarts']} times; no force call was lost")
     lines += _learning(run_dir, status)
@@ -121,7 +123,9 @@ def _learning(run_dir: Path, status: dict[str, Any]) -> list[str]:
         labels, failures, counts = store.labels(), store.failures(), store.counts()
     finally:
         store.close()
-    lines = [f"  labels: {len(labels)} converged, {counts['failed']} failed, {counts['pending']} still wait ({counts['flags']} frames were flagged)"]
+    lines = [
+        f"  labels: {len(labels)} converged, {counts['failed']} failed, {counts['pending']} still wait ({counts['flags']} frames were flagged)"
+    ]
     if labels:
         seconds = [stored.label.seconds for stored in labels]
         lines[-1] += f"; {labels[0].label.method}, {sum(seconds) / len(seconds):.1f} s each"

@@ -306,9 +306,7 @@ class Gateway:
         frame, prediction = outcome.job.frame, outcome.prediction
         assert prediction is not None
         self._counts["flags"] += 1
-        message = bus.Candidate(
-            session.name, step, reason.value, score or 0.0, lpr, outcome.job.mix[1], frame.periodic, prediction.energy
-        )
+        message = bus.Candidate(session.name, step, reason.value, score or 0.0, lpr, outcome.job.mix[1], frame.periodic, prediction.energy)
         self._unsent.append((message, [frame.numbers, frame.positions, frame.cell, prediction.forces]))  # type: ignore[list-item]
 
     def _send_candidates(self) -> None:

@@ -152,7 +152,10 @@ class Session:
     def answer(self, prediction: Prediction, extras: bytes) -> Asked | Ended | None:
         """Give the force of the frame under way; returns what `turn` returns."""
         self._result = ForceReady(
-            units.energy_to_wire(prediction.energy), units.forces_to_wire(prediction.forces), units.virial_to_wire(prediction.virial), extras
+            units.energy_to_wire(prediction.energy),
+            units.forces_to_wire(prediction.forces),
+            units.virial_to_wire(prediction.virial),
+            extras,
         )
         self.waiting = False
         self.forces += 1

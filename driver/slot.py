@@ -71,7 +71,9 @@ class Slot:
             raise VersionError(str(path), f"cannot serve: {self.potential.spec.name} has no linear readout")
         layer = versions.read(path)
         if layer.readout.shape != (self._trainable.spec.n_columns,):
-            raise VersionError(str(path), f"has {layer.readout.size} readout weights; {self.potential.spec.name} has {self._trainable.spec.n_columns}")
+            raise VersionError(
+                str(path), f"has {layer.readout.size} readout weights; {self.potential.spec.name} has {self._trainable.spec.n_columns}"
+            )
         self._put(version, layer.readout, layer.covariance)
         for old in set(self._readouts) - {version, BASE, *keep}:
             del self._readouts[old], self._scores[old], self._covariances[old]

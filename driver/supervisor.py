@@ -160,7 +160,9 @@ class Supervisor:
         self._engine_seconds = process.monotonic() - self._began
         if self._engine_process.returncode:
             text = (self._path / process.LOGS / "engine.log").read_text(errors="replace").strip().splitlines()
-            self._fail(f"{self._engine.name} ended with code {self._engine_process.returncode}; its last words: {text[-1] if text else '(none)'}")
+            self._fail(
+                f"{self._engine.name} ended with code {self._engine_process.returncode}; its last words: {text[-1] if text else '(none)'}"
+            )
             return True
         dynamics, step = self._engine.dynamics, self._engine.progress(self._path).step
         if step + dynamics.stride <= dynamics.steps:
@@ -191,7 +193,9 @@ class Supervisor:
     def _catch_up(self, until: float) -> None:
         """Let the newest version reach the gateway, so that what the status says is what a next start serves."""
         while not self._stops and process.monotonic() < until:
-            served, newest = (self._reports.get(name, {}).get(key) for name, key in (("gateway", "serving_version"), ("learner", "version")))
+            served, newest = (
+                self._reports.get(name, {}).get(key) for name, key in (("gateway", "serving_version"), ("learner", "version"))
+            )
             if served == newest:
                 return
             self._listen()
@@ -337,7 +341,9 @@ def check(settings: configs.Config) -> None:
     registry.weights_file(settings.potential.model)
     template = read_frame(settings.potential.template)
     if template.periodic and settings.learn.enabled and settings.label.method == "pyscf":
-        raise ConfigError("label.method", "pyscf labels isolated clusters only, and the template is periodic; use ase:MODULE:CLASS or --no-learn")
+        raise ConfigError(
+            "label.method", "pyscf labels isolated clusters only, and the template is periodic; use ase:MODULE:CLASS or --no-learn"
+        )
     try:
         for text in settings.serve.connect:
             Address.parse(text, settings.serve.prefix)

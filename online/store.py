@@ -155,7 +155,9 @@ class Store:
 
     # -- frames and flags ------------------------------------------------------------------------------------------------------------
 
-    def add_flag(self, frame: Frame, *, session: str, step: int, reason: Reason, score: float, version: int, energy: float, forces: Array) -> int:
+    def add_flag(
+        self, frame: Frame, *, session: str, step: int, reason: Reason, score: float, version: int, energy: float, forces: Array
+    ) -> int:
         """Record that a frame was flagged, with the energy (eV) and forces (eV/Å) that were served; return the frame's id.
 
         A frame that is known already keeps its id: equal frames are one frame.
@@ -226,15 +228,20 @@ class Store:
     def start_task(self, frame_id: int, worker: str, pid: int, role: Role | None = None) -> int:
         """Give a frame to a worker, for good in this role if one is given; return the task's number."""
         with self._write():
-            self._db.execute("UPDATE queue SET state = 'running', role = COALESCE(?, role) WHERE frame = ?", (role and role.value, frame_id))
+            self._db.execute(
+                "UPDATE queue SET state = 'running', role = COALESCE(?, role) WHERE frame = ?", (role and role.value, frame_id)
+            )
             cursor = self._db.execute(
-                "INSERT INTO tasks (frame, worker, pid, state, started) VALUES (?, ?, ?, 'running', ?)", (frame_id, worker, pid, self._clock())
+                "INSERT INTO tasks (frame, worker, pid, state, started) VALUES (?, ?, ?, 'running', ?)",
+                (frame_id, worker, pid, self._clock()),
             )
         return int(cursor.lastrowid or 0)
 
     def running(self) -> list[RunningTask]:
         """All tasks under way."""
-        return [RunningTask(*row) for row in self._db.execute("SELECT id, frame, worker, pid FROM tasks WHERE state = 'running' ORDER BY id")]
+        return [
+            RunningTask(*row) for row in self._db.execute("SELECT id, frame, worker, pid FROM tasks WHERE state = 'running' ORDER BY id")
+        ]
 
     def task_lost(self, task: int, attempts: int) -> bool:
         """The worker of a task died or forgot it: queue the frame again, or record a failure after so many attempts. True when queued."""
@@ -298,7 +305,10 @@ class Store:
         )
         return [
             StoredLabel(
-                row[0], _frame(*row[1:5]), Label(row[5], _vectors(row[6]), row[7], row[8], json.loads(row[9])), Role(row[10] or Role.TRAIN.value)
+                row[0],
+                _frame(*row[1:5]),
+                Label(row[5], _vectors(row[6]), row[7], row[8], json.loads(row[9])),
+                Role(row[10] or Role.TRAIN.value),
             )
             for row in rows
         ]

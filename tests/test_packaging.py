@@ -37,7 +37,13 @@ def test_the_wheel_holds_code_types_and_data(built: Path) -> None:
     """The wheel, made from the sdist, holds modules, type markers, weights and the packaged cluster under tumbaga/."""
     names = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
 
-    for expected in ("driver/gateway.py", "online/py.typed", "socket_protocol/bus.py", "driver/data/cuau-water.safetensors", "driver/data/cuau-water.xyz"):
+    for expected in (
+        "driver/gateway.py",
+        "online/py.typed",
+        "socket_protocol/bus.py",
+        "driver/data/cuau-water.safetensors",
+        "driver/data/cuau-water.xyz",
+    ):
         assert f"tumbaga/{expected}" in names
     assert "tumbaga/__init__.py" not in names
 
@@ -46,7 +52,18 @@ def test_the_wheel_holds_code_types_and_data(built: Path) -> None:
 def test_the_installed_wheel_runs(built: Path, tmp_path: Path) -> None:
     """Installed elsewhere, the wheel's own command line answers, from its own files."""
     target = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(next(built.glob("*.whl")))]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+        str(next(built.glob("*.whl"))),
+    ]
     subprocess.run(install, check=True, timeout=120)
     code = "import tumbaga.driver.cli as c, sys; print(c.__file__); sys.argv = ['tumbaga', '--help']; c.main()"
     env = {**os.environ, "PYTHONPATH": str(target)}

@@ -27,7 +27,9 @@ def loader(name: str) -> tuple[Loader, str]:
     """
     kind, _, rest = name.partition(":")
     if kind not in KINDS:
-        raise PotentialError(name, f"there is no back end {kind!r}; known are {', '.join(sorted(KINDS))} (for example painn:cuau-water, toy:lj)")
+        raise PotentialError(
+            name, f"there is no back end {kind!r}; known are {', '.join(sorted(KINDS))} (for example painn:cuau-water, toy:lj)"
+        )
     module, _, attribute = KINDS[kind].partition(":")
     made: Loader = getattr(importlib.import_module(module), attribute)
     return made, rest

@@ -157,5 +157,11 @@ def test_a_status_for_people_has_everything_a_run_has() -> None:
     """State, potential, calls, labels, restarts, sessions and errors each have their line."""
     text = display.status_text(Path("runs/x"), status(restarts={"gateway": 0, "evaluator-0": 2}, errors=["oh"]))
 
-    for part in ("runs/x: running", "toy:lj, version 3 serves (4 in all, 3 swaps)", "evaluator-0 2", "unix:/x: computing, 101 forces", "! oh"):
+    for part in (
+        "runs/x: running",
+        "toy:lj, version 3 serves (4 in all, 3 swaps)",
+        "evaluator-0 2",
+        "unix:/x: computing, 101 forces",
+        "! oh",
+    ):
         assert part in text

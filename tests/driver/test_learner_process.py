@@ -93,7 +93,9 @@ def queued(bench: Bench) -> Callable[[], None]:
     def put() -> None:
         store = Store(bench.run_dir / FILE)
         frame = Frame(np.array([8, 1, 1]), np.array([[0.0, 0, 0], [0.76, 0.59, 0], [-0.76, 0.59, 0]]))
-        number = store.add_flag(frame, session="s", step=0, reason=Reason.INITIAL, score=0.0, version=0, energy=0.0, forces=np.zeros((3, 3)))
+        number = store.add_flag(
+            frame, session="s", step=0, reason=Reason.INITIAL, score=0.0, version=0, energy=0.0, forces=np.zeros((3, 3))
+        )
         store.enqueue(number, Reason.INITIAL, Role.TRAIN, 1.0)
         store.close()
 

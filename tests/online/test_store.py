@@ -265,7 +265,9 @@ def test_a_reader_cannot_write(path: Path, store: Store) -> None:
 def test_a_transaction_that_fails_leaves_nothing(store: Store) -> None:
     """A flag whose write fails half-way leaves no frame behind."""
     with pytest.raises(sqlite3.IntegrityError):
-        store.add_flag(frame(), session="s", step=0, reason=Reason.INITIAL, score=float("nan"), version=0, energy=0.0, forces=np.ones((3, 3)))
+        store.add_flag(
+            frame(), session="s", step=0, reason=Reason.INITIAL, score=float("nan"), version=0, energy=0.0, forces=np.ones((3, 3))
+        )
 
     assert store._db.execute("SELECT COUNT(*) FROM frames").fetchone() == (0,)
     assert flag(store) == 1
