@@ -228,6 +228,9 @@ def _carry_out(folder: Path, settings: configs.Config, engine: Engine | None, st
     if (folder / configs.FILE).exists() and (earlier := configs.load(folder).potential.model) != settings.potential.model:
         raise RunDirError(str(folder), f"is of a run of {earlier}; choose another directory for {settings.potential.model}")
     run_dir = RunDir(folder)
+    if engine is not None and steps is not None and engine.finished(folder):
+        typer.echo(f"run directory {folder}: {engine.name} has done its {steps} steps; ask for more with --steps")
+        return
     run_dir.hold()
     typer.echo(f"run directory {folder}")
     if steps is None:

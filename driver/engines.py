@@ -82,6 +82,9 @@ class Engine(Protocol):
     def prepare(self, run_dir: Path) -> list[str]:
         """Write what it needs into the run directory, continuing where an earlier start ended; return the command, to be run in FOLDER."""
 
+    def finished(self, run_dir: Path) -> bool:
+        """Whether earlier starts have done all steps; then there is nothing to prepare."""
+
     def progress(self, run_dir: Path) -> Progress:
         """Read how far it is."""
 
@@ -134,6 +137,11 @@ class IPi:
         (folder / "init.xyz").write_text(_ipi_xyz(self._template))
         (folder / "input.xml").write_text(_ipi_input(self.dynamics))
         return [sys.executable, str(program), "-S", "./", "input.xml"]
+
+    def finished(self, run_dir: Path) -> bool:
+        """Ask the restart file: i-PI refuses to start when nothing is left to do."""
+        old = self._restart_file(run_dir / FOLDER)
+        return old is not None and _step_of(old) >= self.dynamics.steps
 
     @staticmethod
     def _restart_file(folder: Path) -> Path | None:
@@ -194,6 +202,10 @@ class Ase:
         }
         (folder / "task.json").write_text(json.dumps(task, indent=1))
         return [sys.executable, "-m", "tumbaga.driver.ase_engine", "task.json"]
+
+    def finished(self, run_dir: Path) -> bool:
+        """Ask the properties file."""
+        return self.progress(run_dir).step >= self.dynamics.steps
 
     def progress(self, run_dir: Path) -> Progress:
         """Read the properties file."""

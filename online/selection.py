@@ -67,7 +67,7 @@ def admit(reason: Reason, score: float, queued: Sequence[Queued], by_role: Mappi
 
 
 def next_frame(queued: Sequence[Queued], started: Mapping[Role, int]) -> Queued | None:
-    """Choose what is labelled next, and what for: first frames, then the most uncertain one; every fourth label is held out.
+    """Choose what is labelled next, and what for: what was begun before, first frames, then the most uncertain; every fourth is held out.
 
     Held out is an audit if one waits, else the newest uncertain frame: it shows how the potential does where the run is now, and its score
     did not choose it. The role is given here, when the label is started, and never changes.
@@ -78,9 +78,9 @@ def next_frame(queued: Sequence[Queued], started: Mapping[Role, int]) -> Queued 
     """
     if not queued:
         return None
-    initial = [q for q in queued if q.reason is Reason.INITIAL]
-    if initial:
-        return initial[0]
+    first = [q for q in queued if q.tried] or [q for q in queued if q.reason is Reason.INITIAL]
+    if first:
+        return first[0]
     held_out = [q for q in queued if q.role is Role.HOLDOUT]
     others = [q for q in queued if q.role is Role.TRAIN]
     if not others or TRAIN_PER_HOLDOUT * started[Role.HOLDOUT] < started[Role.TRAIN]:

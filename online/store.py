@@ -52,12 +52,16 @@ CREATE TABLE events (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, detail TEXT NOT
 
 @dataclass(frozen=True)
 class Queued:
-    """A frame that waits for its label; priority is its force uncertainty, eV/Å (higher first)."""
+    """A frame that waits for its label; priority is its force uncertainty, eV/Å (higher first).
+
+    `tried` says that its label was begun before: whoever worked at it was stopped or died.
+    """
 
     frame: int
     reason: Reason
     role: Role
     priority: float
+    tried: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,11 @@ class Store:
 
     def pending(self) -> list[Queued]:
         """All frames that wait, oldest first."""
-        rows = self._db.execute("SELECT frame, reason, role, priority FROM queue WHERE state = 'pending' ORDER BY rowid")
-        return [Queued(frame, Reason(reason), Role(role), priority) for frame, reason, role, priority in rows]
+        rows = self._db.execute(
+            "SELECT frame, reason, role, priority, EXISTS (SELECT 1 FROM tasks WHERE tasks.frame = queue.frame) "
+            "FROM queue WHERE state = 'pending' ORDER BY rowid"
+        )
+        return [Queued(frame, Reason(reason), Role(role), priority, bool(tried)) for frame, reason, role, priority, tried in rows]
 
     def start_task(self, frame_id: int, worker: str, pid: int, role: Role | None = None) -> int:
         """Give a frame to a worker, for good in this role if one is given; return the task's number."""

@@ -13,11 +13,11 @@ import pytest
 from tumbaga.driver.testing import Program, command, processes_in, until
 
 LJ = ("-m", "toy:lj?epsilon=0.05&sigma=0.85", "--no-learn", "--seed", "3")
-STEPS = 1300
+STEPS = 3000
 
 
-def begin(start: Callable[..., Program], *options: str) -> Program:
-    return start("run", "cuau-water", *LJ, "--steps", str(STEPS), *options)
+def begin(start: Callable[..., Program], *options: str, run: str = "run") -> Program:
+    return start("run", "cuau-water", *LJ, "--steps", str(STEPS), *options, run=run)
 
 
 def every_row_once(rows: np.ndarray) -> bool:
@@ -55,16 +55,34 @@ def test_a_run_stops_in_order_and_goes_on_from_there(engine: str, how: str, star
 @pytest.mark.slow
 def test_a_stopped_i_pi_run_has_the_trajectory_of_one_that_was_not(start: Callable[..., Program], table: Callable) -> None:
     """i-PI saves its random state: the rows after the stop are those of a run that never stopped, but for the digits of its restart file."""
-    whole = start("run", "cuau-water", *LJ, "--steps", "400", run="whole")
+    whole = begin(start, run="whole")
     assert whole.end() == 0, whole.output
-    halted = start("run", "cuau-water", *LJ, "--steps", "400", run="halted")
+    halted = begin(start, run="halted")
     halted.steps(100)
     assert halted.stop() == 0
-    halted = start("run", "cuau-water", *LJ, "--steps", "400", run="halted")
+    before = len(table(halted))
+    halted = begin(start, run="halted")
     assert halted.end() == 0, halted.output
+
     rows = table(halted)
-    assert rows[:, 0].tolist() == list(range(0, 401, 10))
-    np.testing.assert_allclose(rows, table(whole), rtol=1e-4, atol=1e-6)
+    assert before < len(rows) - 30
+    assert every_row_once(rows)
+    # the dynamics is chaotic: 300 steps on, the digits that the restart file lacks do not show yet
+    np.testing.assert_allclose(rows[: before + 30], table(whole)[: before + 30], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_that_has_done_its_steps_says_so(start: Callable[..., Program], table: Callable) -> None:
+    """The same command once more starts nothing, says why, and exits with 0; more steps go on from there."""
+    short = ("run", "cuau-water", *LJ, "--steps")
+    assert start(*short, "200").end() == 0
+    again = start(*short, "200")
+    assert again.end() == 0
+    assert "has done its 200 steps; ask for more with --steps" in again.output
+    more = start(*short, "400")
+    assert more.end() == 0, more.output
+
+    assert table(more)[-1, 0] == 400
 
 
 @pytest.mark.slow

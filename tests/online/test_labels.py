@@ -147,7 +147,7 @@ def test_ase_calculators_label_by_import_path() -> None:
     with pytest.raises(LabelFailedError, match="NotImplementedError"):
         engine.label(Frame(np.array([26]), np.zeros((1, 3))))
     with pytest.raises(LabelFailedError, match="ModuleNotFoundError"):
-        make_labeller("ase:no.such.module:Thing").label(frame)
+        make_labeller("ase:ase.no_such_module:Thing").label(frame)
 
 
 def test_toy_labels_are_exact(cluster: Callable[..., Frame]) -> None:

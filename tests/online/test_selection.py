@@ -105,6 +105,13 @@ def test_first_frames_and_audits_are_not_replaced() -> None:
     assert admit(Reason.UNCERTAIN, 9.0, queue, {Role.TRAIN: 2, Role.HOLDOUT: 1}, 1, LIMITS).role is None
 
 
+def test_a_label_that_was_begun_before_comes_first() -> None:
+    """A label whose worker was stopped is begun again before anything else, in the role it had."""
+    begun = Queued(2, Reason.UNCERTAIN, Role.HOLDOUT, 0.1, tried=True)
+
+    assert next_frame([waits(1, 9.0, reason=Reason.INITIAL), begun, waits(3, 9.0)], {Role.TRAIN: 0, Role.HOLDOUT: 9}) == begun
+
+
 def test_first_frames_come_first() -> None:
     """A session's first frame is labelled before all others, the oldest first."""
     queue = [waits(1, 9.0), waits(2, 9.0, Role.HOLDOUT), waits(3, 0.0, reason=Reason.INITIAL), waits(4, 1.0, reason=Reason.INITIAL)]
