@@ -43,8 +43,8 @@ _REFINEMENTS = 2
 class Settings:
     """Noise, priors and limits of the update.
 
-    The prior and the first noise factor suit an embedded potential that moves from tight binding to DFT: what a last layer cannot express
-    is then some 0.25 eV/Å, and trusting the first labels more than that made later frames worse than no update at all.
+    The prior and the first noise factor were chosen on the labels of one run of CuAu(H2O)2, from tight binding to DFT: what the readout cannot
+    express is noise too, and to trust the first labels to `sigma_force` alone fits them at the cost of all later frames.
 
     Attributes:
         sigma_force: label noise of a force component including what the readout cannot express, eV/Å; smaller values are overconfident.
