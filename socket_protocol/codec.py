@@ -1,4 +1,4 @@
-"""Bytes to events and back: the layout of the messages, and nothing of who may say what when.
+"""Bytes to events and back: the layout of single messages, and nothing of who may say what when.
 
 Numbers are int32 and float64 in native byte order, matrices row-major, headers 12 bytes of upper-case ASCII padded with blanks. A length
 is checked against its limit before anything of that length is read or allocated.
@@ -9,6 +9,7 @@ INIT         12 | i4 rid | i4 len | len bytes
 POSDATA      12 | 9 f8 h | 9 f8 h^-1 | i4 N | 3N f8 positions
 FORCEREADY   12 | f8 E | i4 N | 3N f8 forces | 9 f8 virial | i4 len | len bytes extras
 ```
+A `Layout` is what POSDATA and FORCEREADY look like; `SINGLE` is the common one, `batched.py` and `shm.py` have the others.
 The lattice vectors are the columns of h. The second matrix of POSDATA is never read: its convention differs between engines.
 
 Source: "Communication protocol" in the i-PI documentation, checked against i-PI 3.3.1 and ASE 3.29.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from tumbaga.socket_protocol.errors import (
     AtomCountError,
     BadLengthError,
     EventNotFiniteError,
-    InitError,
+    LayoutError,
     MessageTooLargeError,
     NotFiniteError,
     UnknownHeaderError,
@@ -36,26 +37,29 @@ from tumbaga.socket_protocol.events import (
     Event,
     Exit,
     Float64s,
+    ForceBatch,
     ForceReady,
     GetForce,
     HaveData,
     Init,
     NeedInit,
+    PosBatch,
     PosData,
     Ready,
     Status,
     all_finite,
 )
-from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.states import Role
 
 HEADER: Final = 12
 _RID_AND_LENGTH = struct.Struct("=ii")
 _LENGTH = struct.Struct("=i")
+pack_length: Final = _LENGTH.pack
 _ENERGY_AND_COUNT = struct.Struct("=12sdi")
 _ATOM = 3 * 8
 _MATRIX = 9 * 8
 
+INIT_TEXT: Final = HEADER + _RID_AND_LENGTH.size
 _POSDATA_COUNT = HEADER + 2 * _MATRIX
 _POSDATA_POSITIONS = _POSDATA_COUNT + 4
 _FORCEREADY_FORCES = _ENERGY_AND_COUNT.size
@@ -68,12 +72,16 @@ class Limits:
     Attributes:
         max_atoms: atoms in a message.
         max_init: bytes in the text of INIT.
-        max_extras: bytes in the extras of FORCEREADY.
+        max_extras: bytes in the extras of FORCEREADY, in a batch of all together.
+        max_batch: configurations in a batch.
+        max_message: bytes in any message, whatever the other limits allow.
     """
 
     max_atoms: int = 100_000
     max_init: int = 1 << 16
     max_extras: int = 1 << 24
+    max_batch: int = 1024
+    max_message: int = 1 << 28
 
 
 class Piece(NamedTuple):
@@ -83,98 +91,94 @@ class Piece(NamedTuple):
     size: int
 
 
-Decoder = Callable[[bytearray, Limits, int | None], Piece | None]
+Cut: TypeAlias = Piece | int
+"""What cutting the first message off a buffer gives: the message, or the number of bytes that must be there before it is worth a try."""
+
+Decoder = Callable[[memoryview, Limits, int | None, "Layout"], Cut]
 
 
-def largest_message(role: Role, limits: Limits, atoms: int | None) -> int:
-    """Return the size in bytes of the largest message that may be received in `role`."""
-    most = limits.max_atoms if atoms is None else atoms
-    if role is Role.DRIVER:
-        return max(_POSDATA_POSITIONS + most * _ATOM, HEADER + _RID_AND_LENGTH.size + limits.max_init)
-    return _FORCEREADY_FORCES + most * _ATOM + _MATRIX + _LENGTH.size + limits.max_extras
+class Layout(Protocol):
+    """What POSDATA and FORCEREADY look like in one dialect."""
+
+    def cut_posdata(self, view: memoryview, limits: Limits, atoms: int | None) -> Cut:
+        """Cut a POSDATA off `view`, which begins with it; raises what `decode` raises."""
+
+    def cut_forceready(self, view: memoryview, limits: Limits, atoms: int | None) -> Cut:
+        """Cut a FORCEREADY off `view`, which begins with it; raises what `decode` raises."""
+
+    def pack_posdata(self, event: PosData | PosBatch) -> bytes:
+        """Return the bytes of a POSDATA; raises what `encode` raises."""
+
+    def pack_forceready(self, event: ForceReady | ForceBatch) -> bytes:
+        """Return the bytes of a FORCEREADY; raises what `encode` raises."""
+
+    def largest(self, role: Role, limits: Limits, atoms: int) -> int:
+        """Return the size in bytes of the largest POSDATA (to a DRIVER) or FORCEREADY (to an ENGINE) with at most so many atoms."""
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------------------------
 
 
-def decode(role: Role, buffer: bytearray, limits: Limits, atoms: int | None = None) -> Piece | None:
-    """Return the first message in `buffer`, or None if it is not whole yet; the buffer is left as it is.
+def decode(role: Role, view: memoryview, limits: Limits, atoms: int | None = None, layout: Layout | None = None) -> Cut:
+    """Return the first message in `view`, or how many bytes it must have at least if it is not whole yet; nothing is consumed.
 
     Args:
         role: ours, which decides the words that may come.
-        buffer: received bytes, a message begins at the first.
+        view: received bytes, a message begins at the first.
         limits: the most to accept.
         atoms: the atom count to insist on, or None for any up to the limit.
+        layout: of POSDATA and FORCEREADY; None is `SINGLE`.
 
     Raises:
         UnknownHeaderError: the 12 bytes are no word of the other role.
         MessageTooLargeError, BadLengthError, AtomCountError: an announced length is over the limit, negative, or not ours.
         NotFiniteError: a number that is used is NaN or infinite.
     """
-    if len(buffer) < HEADER:
-        return None
-    header = bytes(buffer[:HEADER])
+    if len(view) < HEADER:
+        return HEADER
+    header = bytes(view[:HEADER])
     decoder = _DECODERS[role].get(header)
     if decoder is None:
         raise UnknownHeaderError(header, _WORDS[role])
     try:
-        return decoder(buffer, limits, atoms)
+        return decoder(view, limits, atoms, layout or SINGLE)
     except EventNotFiniteError as problem:
         raise NotFiniteError(problem.field) from None
 
 
-def _decode_init(buffer: bytearray, limits: Limits, _atoms: int | None) -> Piece | None:
-    start = HEADER + _RID_AND_LENGTH.size
-    if len(buffer) < start:
-        return None
-    rid, length = _RID_AND_LENGTH.unpack_from(buffer, HEADER)
-    _check_length("length of the INIT text", length, 0, limits.max_init)
-    if len(buffer) < start + length:
-        return None
-    return Piece(Init(rid, bytes(buffer[start : start + length])), start + length)
+def _decode_init(view: memoryview, limits: Limits, _atoms: int | None, _layout: Layout) -> Cut:
+    if len(view) < INIT_TEXT:
+        return INIT_TEXT
+    rid, length = int_at(view, HEADER), int_at(view, HEADER + 4)
+    check_length("length of the INIT text", length, 0, limits.max_init)
+    end = INIT_TEXT + length
+    return Piece(Init(rid, bytes(view[INIT_TEXT:end])), end) if len(view) >= end else end
 
 
-def _decode_posdata(buffer: bytearray, limits: Limits, atoms: int | None) -> Piece | None:
-    if len(buffer) < _POSDATA_POSITIONS:
-        return None
-    (count,) = _LENGTH.unpack_from(buffer, _POSDATA_COUNT)
-    _check_atoms(count, limits, atoms)
-    size = _POSDATA_POSITIONS + count * _ATOM
-    if len(buffer) < size:
-        return None
-    # copies: a view would pin the buffer, which the next message is written to
-    columns = np.frombuffer(buffer, np.float64, 9, HEADER).reshape(3, 3)
-    positions = np.frombuffer(buffer, np.float64, 3 * count, _POSDATA_POSITIONS).copy().reshape(count, 3)
-    return Piece(PosData(columns.T.copy(), positions), size)
+def int_at(view: memoryview, place: int) -> int:
+    """Return the int32 at a place."""
+    return int(_LENGTH.unpack_from(view, place)[0])
 
 
-def _decode_forceready(buffer: bytearray, limits: Limits, atoms: int | None) -> Piece | None:
-    if len(buffer) < _FORCEREADY_FORCES:
-        return None
-    _, energy, count = _ENERGY_AND_COUNT.unpack_from(buffer, 0)
-    _check_atoms(count, limits, atoms)
-    virial_at = _FORCEREADY_FORCES + count * _ATOM
-    extras_at = virial_at + _MATRIX + _LENGTH.size
-    if len(buffer) < extras_at:
-        return None
-    (length,) = _LENGTH.unpack_from(buffer, virial_at + _MATRIX)
-    _check_length("length of the extras", length, 0, limits.max_extras)
-    if len(buffer) < extras_at + length:
-        return None
-    forces = np.frombuffer(buffer, np.float64, 3 * count, _FORCEREADY_FORCES).copy().reshape(count, 3)
-    virial = np.frombuffer(buffer, np.float64, 9, virial_at).copy().reshape(3, 3)
-    return Piece(ForceReady(energy, forces, virial, bytes(buffer[extras_at : extras_at + length])), extras_at + length)
+def check_length(field: str, announced: int, least: int, most: int) -> None:
+    """Refuse an announced length that is out of its bounds.
 
-
-def _check_length(field: str, announced: int, least: int, most: int) -> None:
+    Raises:
+        BadLengthError, MessageTooLargeError: too small, too large.
+    """
     if announced < least:
         raise BadLengthError(field, announced, least)
     if announced > most:
         raise MessageTooLargeError(field, announced, most)
 
 
-def _check_atoms(count: int, limits: Limits, atoms: int | None) -> None:
-    _check_length("number of atoms", count, 1, limits.max_atoms)
+def check_atoms(count: int, limits: Limits, atoms: int | None) -> None:
+    """Refuse an atom count that is out of its bounds or not `atoms`.
+
+    Raises:
+        BadLengthError, MessageTooLargeError, AtomCountError: too small, too large, another one.
+    """
+    check_length("number of atoms", count, 1, limits.max_atoms)
     if atoms is not None and count != atoms:
         raise AtomCountError(atoms, count)
 
@@ -182,22 +186,23 @@ def _check_atoms(count: int, limits: Limits, atoms: int | None) -> None:
 def _bare(event: Event) -> Decoder:
     """Return a decoder for a message that is only its header."""
     piece = Piece(event, HEADER)
-    return lambda _buffer, _limits, _atoms: piece
+    return lambda _view, _limits, _atoms, _layout: piece
 
 
-def _header(event: Event | type[Event]) -> bytes:
+def header_of(event: Event | type[Event]) -> bytes:
+    """Return the 12 bytes that a message begins with."""
     return event.word.encode("ascii").ljust(HEADER)
 
 
 _DECODERS: Final[Mapping[Role, Mapping[bytes, Decoder]]] = {
     Role.DRIVER: {
-        **{_header(event): _bare(event) for event in (Status(), GetForce(), Exit())},
-        _header(Init): _decode_init,
-        _header(PosData): _decode_posdata,
+        **{header_of(event): _bare(event) for event in (Status(), GetForce(), Exit())},
+        header_of(Init): _decode_init,
+        header_of(PosData): lambda view, limits, atoms, layout: layout.cut_posdata(view, limits, atoms),
     },
     Role.ENGINE: {
-        **{_header(event): _bare(event) for event in (NeedInit(), Ready(), HaveData())},
-        _header(ForceReady): _decode_forceready,
+        **{header_of(event): _bare(event) for event in (NeedInit(), Ready(), HaveData())},
+        header_of(ForceReady): lambda view, limits, atoms, layout: layout.cut_forceready(view, limits, atoms),
     },
 }
 _WORDS = {role: tuple(header.decode().rstrip() for header in decoders) for role, decoders in _DECODERS.items()}
@@ -206,69 +211,125 @@ _WORDS = {role: tuple(header.decode().rstrip() for header in decoders) for role,
 # --- encoding -----------------------------------------------------------------------------------------------------------------------
 
 
-def encode(event: Event) -> bytes:
+def encode(event: Event, layout: Layout | None = None) -> bytes:
     """Return the message as bytes, to be written in one go.
 
     An INIT without text is sent with one blank: drivers written in C take a text of length 0 for a lost connection.
 
+    Args:
+        event: the message.
+        layout: of POSDATA and FORCEREADY; None is `SINGLE`.
+
     Raises:
         EventNotFiniteError: an array was changed since the event was made and holds a NaN or an infinite number.
-        InitError: the text would announce the batched layout.
+        LayoutError: a batch for a single layout, or the other way round.
     """
     whole = _WHOLE.get(type(event))
     if whole is not None:
         return whole
-    if isinstance(event, ForceReady):
-        return _encode_forceready(event)
-    if isinstance(event, PosData):
-        return _encode_posdata(event)
+    if isinstance(event, ForceReady | ForceBatch):
+        return (layout or SINGLE).pack_forceready(event)
+    if isinstance(event, PosData | PosBatch):
+        return (layout or SINGLE).pack_posdata(event)
     assert isinstance(event, Init)  # the last of the union
-    return _encode_init(event)
-
-
-def _encode_init(event: Init) -> bytes:
-    if parse_init(event.text).batch_size > 1:
-        raise InitError("would announce batches, which this connection does not speak; leave batch_size out")
     text = event.text or b" "
-    return _header(Init) + _RID_AND_LENGTH.pack(event.rid, len(text)) + text
+    return header_of(Init) + _RID_AND_LENGTH.pack(event.rid, len(text)) + text
 
 
-def _encode_posdata(event: PosData) -> bytes:
-    numbers = np.concatenate((event.cell.T.ravel(), _inverse(event.cell).T.ravel()))
-    _check_finite("POSDATA", numbers, event.positions)
-    return b"".join((_header(PosData), numbers.tobytes(), _LENGTH.pack(len(event.positions)), event.positions.tobytes()))
-
-
-def _inverse(cell: Float64s) -> Float64s:
+def inverse(cell: Float64s) -> Float64s:
     """Return the inverse of `cell`, or zeros without one: drivers should not read it, and ASE's insists that it is finite."""
     try:
-        inverse = np.asarray(np.linalg.inv(cell), np.float64)
+        inverted = np.asarray(np.linalg.inv(cell), np.float64)
     except np.linalg.LinAlgError:
         return np.zeros((3, 3))
-    return inverse if np.isfinite(inverse).all() else np.zeros((3, 3))
+    return inverted if np.isfinite(inverted).all() else np.zeros((3, 3))
 
 
-def _encode_forceready(event: ForceReady) -> bytes:
-    _check_finite("FORCEREADY", event.forces, event.virial)
-    return b"".join(
-        (
-            _ENERGY_AND_COUNT.pack(_FORCEREADY, event.energy, len(event.forces)),
-            event.forces.tobytes(),
-            event.virial.tobytes(),
-            _LENGTH.pack(len(event.extras)),
-            event.extras,
-        )
-    )
+def check_finite(word: str, *arrays: Float64s) -> None:
+    """Refuse NaN and infinity: the last line of defence, because arrays can change after their event was made.
 
-
-def _check_finite(word: str, *arrays: Float64s) -> None:
-    """Refuse NaN and infinity: the last line of defence, because arrays can change after their event was made."""
+    Raises:
+        EventNotFiniteError: there is one.
+    """
     for array in arrays:
         if not all_finite(array):
             raise EventNotFiniteError(word)
 
 
-_FORCEREADY = _header(ForceReady)
 _WHOLE: Mapping[type[Event], bytes] = {
-    type(event): _header(event) for event in (Status(), GetForce(), Exit(), NeedInit(), Ready(), HaveData())
+    type(event): header_of(event) for event in (Status(), GetForce(), Exit(), NeedInit(), Ready(), HaveData())
 }
+
+
+# --- the common layout --------------------------------------------------------------------------------------------------------------
+
+
+class Single:
+    """One configuration a message: what every engine and driver speaks."""
+
+    def cut_posdata(self, view: memoryview, limits: Limits, atoms: int | None) -> Cut:
+        """Cut a POSDATA; see `Layout`."""
+        if len(view) < _POSDATA_POSITIONS:
+            return _POSDATA_POSITIONS
+        count = int_at(view, _POSDATA_COUNT)
+        check_atoms(count, limits, atoms)
+        size = _POSDATA_POSITIONS + count * _ATOM
+        if len(view) < size:
+            return size
+        # copies: a view would show the next message, which is written to the same buffer
+        columns = np.frombuffer(view, np.float64, 9, HEADER).reshape(3, 3)
+        positions = np.frombuffer(view, np.float64, 3 * count, _POSDATA_POSITIONS).copy().reshape(count, 3)
+        return Piece(PosData(columns.T.copy(), positions), size)
+
+    def cut_forceready(self, view: memoryview, limits: Limits, atoms: int | None) -> Cut:
+        """Cut a FORCEREADY; see `Layout`."""
+        if len(view) < _FORCEREADY_FORCES:
+            return _FORCEREADY_FORCES
+        _, energy, found = _ENERGY_AND_COUNT.unpack_from(view, 0)
+        count = int(found)
+        check_atoms(count, limits, atoms)
+        virial_at = _FORCEREADY_FORCES + count * _ATOM
+        extras_at = virial_at + _MATRIX + _LENGTH.size
+        if len(view) < extras_at:
+            return extras_at
+        length = int_at(view, virial_at + _MATRIX)
+        check_length("length of the extras", length, 0, limits.max_extras)
+        end = extras_at + length
+        if len(view) < end:
+            return end
+        forces = np.frombuffer(view, np.float64, 3 * count, _FORCEREADY_FORCES).copy().reshape(count, 3)
+        virial = np.frombuffer(view, np.float64, 9, virial_at).copy().reshape(3, 3)
+        return Piece(ForceReady(energy, forces, virial, bytes(view[extras_at:end])), end)
+
+    def pack_posdata(self, event: PosData | PosBatch) -> bytes:
+        """Pack a POSDATA; see `Layout`."""
+        if not isinstance(event, PosData):
+            raise LayoutError(event.word, "one configuration")
+        numbers = np.concatenate((event.cell.T.ravel(), inverse(event.cell).T.ravel()))
+        check_finite("POSDATA", numbers, event.positions)
+        return b"".join((_POSDATA, numbers.tobytes(), _LENGTH.pack(len(event.positions)), event.positions.tobytes()))
+
+    def pack_forceready(self, event: ForceReady | ForceBatch) -> bytes:
+        """Pack a FORCEREADY; see `Layout`."""
+        if not isinstance(event, ForceReady):
+            raise LayoutError(event.word, "one configuration")
+        check_finite("FORCEREADY", event.forces, event.virial)
+        return b"".join(
+            (
+                _ENERGY_AND_COUNT.pack(_FORCEREADY, event.energy, len(event.forces)),
+                event.forces.tobytes(),
+                event.virial.tobytes(),
+                _LENGTH.pack(len(event.extras)),
+                event.extras,
+            )
+        )
+
+    def largest(self, role: Role, limits: Limits, atoms: int) -> int:
+        """Return the size of the largest message; see `Layout`."""
+        if role is Role.DRIVER:
+            return _POSDATA_POSITIONS + atoms * _ATOM
+        return _FORCEREADY_FORCES + atoms * _ATOM + _MATRIX + _LENGTH.size + limits.max_extras
+
+
+_POSDATA, _FORCEREADY = header_of(PosData), header_of(ForceReady)
+SINGLE: Final = Single()

@@ -1,8 +1,9 @@
 """One conversation, in either role, without any I/O: bytes in, events out, events in, bytes out.
 
 The pattern is that of all sans-I/O protocol codes: `receive_data(bytes)`, then `next_event()` until it returns `NEED_DATA` or `PAUSED`,
-and `send(event) -> bytes` for what is to be written. Both dialects, one message at a time ("classic") and several in one write
-("pipelined"), are the same to it: requests are answered in the order in which they came.
+and `send(event) -> bytes` for what is to be written. One message at a time ("classic") and several in one write ("pipelined") are the same
+to it: requests are answered in the order in which they came. The batched and the shared-memory dialect are noticed as they are announced;
+their frames are `PosBatch`, to be answered by `ForceBatch`.
 
 This file applies the table in `states.py`; it does not know the layout of a message, nor time, nor sockets.
 """
@@ -13,19 +14,26 @@ import enum
 from collections import deque
 from typing import Final, Literal
 
-from tumbaga.socket_protocol.codec import HEADER, Limits, decode, encode, largest_message
+import numpy as np
+
+from tumbaga.socket_protocol.batched import Batched
+from tumbaga.socket_protocol.codec import HEADER, INIT_TEXT, SINGLE, Layout, Limits, check_length, decode, encode, header_of
 from tumbaga.socket_protocol.errors import (
     AnswerAtomCountError,
-    BatchedDialectError,
+    AtomCountError,
     ExtrasKeysError,
+    LayoutError,
     NotOurTurnError,
     OutOfTurnError,
     ReadAheadError,
     RemoteProtocolError,
+    SharedMemoryError,
 )
-from tumbaga.socket_protocol.events import Event, Exit, ForceReady, GetForce, Init, PosData, Status
+from tumbaga.socket_protocol.events import Event, Exit, ForceBatch, ForceReady, GetForce, Init, PosBatch, PosData, Status
 from tumbaga.socket_protocol.extras import check_extras
+from tumbaga.socket_protocol.inbox import SPARE, Inbox
 from tumbaga.socket_protocol.init_text import parse_init
+from tumbaga.socket_protocol.shm import MARK, MARK_AT, Shared
 from tumbaga.socket_protocol.states import ANSWER_IN, REQUEST_OF, START, TRANSITIONS, ResultReady, Role, Row, State, Word
 
 __all__ = ["NEED_DATA", "PAUSED", "Connection", "Limits", "Role", "State", "Wait"]
@@ -46,6 +54,9 @@ DEFAULT_LIMITS: Final = Limits()
 _HELD_FRAMES = 2  # the one being computed or waiting to be, and one behind it
 _HELD_MESSAGES = 16  # of any kind; i-PI sends an extra STATUS now and then
 _SLACK = 1 << 21  # what a stream may deliver in one turn, beyond whole messages
+_POSDATA = header_of(PosData)
+_ARRAYS = ("cell", "cells", "positions")
+_NOTHING = np.zeros(0)
 
 
 class Connection:
@@ -62,35 +73,55 @@ class Connection:
     same write). For the first frame ask with STATUS whether the driver has data, before GETFORCE: that proves the driver. Answers that
     came before the end of the stream are still returned before `Exit`.
 
+    The number of atoms stays as it is until the peer sends another INIT (DRIVER) or the connection ends.
+
     Args:
         role: ours.
         limits: the most to accept.
-        expected_atoms: the atom count to insist on; None takes any up to the limit.
+        expected_atoms: the atom count to insist on; None takes that of the first frame, up to the limit.
+        shared: as DRIVER, whether the peer may use shared memory (it must be on this machine: never allow it over tcp); the mode is then
+            recognised by itself. As ENGINE, what the names of our segments begin with, `ipi_shm_` and something unique; empty for none.
     """
 
-    def __init__(self, role: Role, limits: Limits = DEFAULT_LIMITS, expected_atoms: int | None = None) -> None:
+    def __init__(
+        self,
+        role: Role,
+        limits: Limits = DEFAULT_LIMITS,
+        expected_atoms: int | None = None,
+        *,
+        shared: bool | str = False,
+    ) -> None:
         self._role = role
         self._limits = limits
         self._expected_atoms = expected_atoms
+        self._shared = shared
+        self._layout: Layout = SINGLE  # of the messages that are cut next (DRIVER), or of the frames that are sent next (ENGINE)
+        if role is Role.ENGINE and shared:
+            self._layout = Shared(1, str(shared))
+        self._answers: Layout = self._layout  # DRIVER: of the frame under way; INIT may have changed the other one since
+        self._framed = False  # DRIVER: whether a frame was cut, so that the layout is settled
         self._table = TRANSITIONS[role]
         self._state: State
         self._row: Row
         self._enter(START[role])
         self._eof = False
         self._error: RemoteProtocolError | None = None
-        self._buffer = bytearray()
-        self._largest = largest_message(role, limits, expected_atoms)
-        self._held: deque[Event] = deque()  # DRIVER: cut, not yet returned
+        self._inbox = Inbox()
+        self._needed = HEADER  # bytes that must wait before the first message can be whole
+        self._most = 0
+        self._largest_message()
+        self._held: deque[tuple[Event, Layout]] = deque()  # DRIVER: cut, not yet returned
         self._gone = False  # DRIVER: EXIT was cut, wherever it stood
         self._unanswered: deque[Word] = deque()  # DRIVER: what we owe, at most one; ENGINE: what we wait for
-        self._atoms: int | None = None  # in the frame under way
+        self._frame: tuple[int, int] | None = None  # configurations (0 for a single one) and atoms of the frame under way
+        self._atoms: int | None = expected_atoms  # what the next frame must have
         self._extras_keys: frozenset[str] | None = None
 
     def __repr__(self) -> str:
         owed = "+".join(word.word for word in self._unanswered)
         return (
             f"<Connection {self._role.name} {self._state.name} unanswered={owed or '-'} held={len(self._held)} "
-            f"buffered={len(self._buffer)}{' eof' if self._eof else ''}>"
+            f"buffered={len(self._inbox)}{' eof' if self._eof else ''}>"
         )
 
     @property
@@ -125,7 +156,41 @@ class Connection:
         One unanswered request and one message behind it may wait. Until then read even while computing: an engine takes a socket that
         died with unread bytes for a broken one, and hangs.
         """
-        return not self._eof and not self.closed and self._has_room() and len(self._buffer) < self._largest
+        return not self._eof and not self.closed and self._has_room() and len(self._inbox) < self._largest
+
+    @property
+    def partial(self) -> int:
+        """Bytes of a message that has begun and is not whole, 0 if none has: what a limit on the time to finish it is about."""
+        return len(self._inbox) if not self.closed and len(self._inbox) < self._needed else 0
+
+    @property
+    def dialect(self) -> str:
+        """For the log: `single`, `batched B` or `shared memory B`. Classic and pipelined are told apart by nothing but habit."""
+        if isinstance(self._layout, Shared):
+            return f"shared memory {self._layout.size}"
+        return f"batched {self._layout.size}" if isinstance(self._layout, Batched) else "single"
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that received data takes now; never more than `memory_bound`."""
+        held = sum(sum(getattr(event, name, _NOTHING).nbytes for name in _ARRAYS) for event, _ in self._held)
+        texts = sum(len(event.text) for event, _ in self._held if isinstance(event, Init))
+        return int(self._inbox.capacity + held + texts)
+
+    @property
+    def memory_bound(self) -> int:
+        """The most that `memory` can be: what may wait in the buffer, frames that were read ahead, and texts of INIT."""
+        return (2 + _HELD_FRAMES) * self._most + _HELD_MESSAGES * self._limits.max_init + _SLACK + SPARE
+
+    def expect(self, atoms: int | None) -> None:
+        """Insist on another number of atoms from the next frame on: what INIT has announced. None takes that of the next frame."""
+        self._expected_atoms = self._atoms = atoms
+
+    def close(self) -> None:
+        """We end the conversation: let go of everything that is held for it. Can be called twice."""
+        if not self.closed:
+            self._enter(State.CLOSED)
+        self._forget()
 
     # --- receiving ------------------------------------------------------------------------------------------------------------------
 
@@ -140,10 +205,21 @@ class Connection:
         if not len(data):
             self._eof = True
             return
-        self._buffer += data
         most = 2 * self._largest + _SLACK
-        if len(self._buffer) > most:
-            raise self._fail(ReadAheadError(len(self._buffer), most))
+        if len(self._inbox) + len(data) > most:
+            raise self._fail(ReadAheadError(len(self._inbox) + len(data), most))
+        self._inbox.feed(data)
+
+    def space(self) -> memoryview:
+        """Return memory for a socket to receive into; then say with `received` how much it was. Ask only while `wants_data` is true."""
+        return self._inbox.space(self._needed)
+
+    def received(self, count: int) -> None:
+        """Take the first `count` bytes of the last `space`; 0 is the end of the stream."""
+        if count:
+            self._inbox.filled(count)
+        elif not self.closed:
+            self._eof = True
 
     def next_event(self) -> Event | Wait:
         """Return the next message, `NEED_DATA` if it is not whole yet, `PAUSED` if we owe the peer something first.
@@ -161,19 +237,22 @@ class Connection:
 
     def _next_request(self) -> Event | Wait:
         """DRIVER: look for the end everywhere first, then take one request if it is its turn."""
-        while len(self._buffer) >= HEADER and self._has_room():
+        while len(self._inbox) >= self._needed and self._has_room():
             event = self._cut()
             if event is None:
                 break
             if isinstance(event, Exit):
                 self._gone = True
                 break
-            self._held.append(event)
+            self._held.append((event, self._layout))
         if self._gone or self._eof:
             return self._take(Exit())
         if self._row.hold or self._unanswered:
             return PAUSED
-        return self._take(self._held.popleft()) if self._held else NEED_DATA
+        if not self._held:
+            return NEED_DATA
+        event, self._answers = self._held.popleft()
+        return self._take(event)
 
     def _next_answer(self) -> Event | Wait:
         """ENGINE: take one answer, to the oldest of our requests."""
@@ -186,20 +265,62 @@ class Connection:
 
     def _cut(self) -> Event | None:
         """Cut the first whole message off the buffer."""
-        if len(self._buffer) < HEADER:
+        if len(self._inbox) < self._needed:
             return None
-        atoms = self._expected_atoms if self._role is Role.DRIVER else self._atoms
+        view = self._inbox.view
         try:
-            piece = decode(self._role, self._buffer, self._limits, atoms)
+            if self._role is Role.DRIVER and not self._framed and not self._settle(view):
+                return None
+            found = decode(self._role, view, self._limits, self._wanted_atoms(), self._layout)
+            if isinstance(found, int):
+                self._needed = found
+                return None
+            self._inbox.drop(found.size)
+            self._needed = HEADER
+            if isinstance(found.event, Init):
+                self._announced(found.event)
         except RemoteProtocolError as error:
             raise self._fail(error) from None
-        if piece is None:
-            return None
-        del self._buffer[: piece.size]
-        # the layout of what follows depends on INIT, so it counts when it is cut, not when it is its turn
-        if isinstance(piece.event, Init) and (size := parse_init(piece.event.text).batch_size) > 1:
-            raise self._fail(BatchedDialectError(size))
-        return piece.event
+        return found.event
+
+    def _wanted_atoms(self) -> int | None:
+        """The atom count to insist on while cutting; INIT, if it waits before this message, may change it."""
+        if self._role is Role.ENGINE:
+            return self._frame[1] if self._frame else None
+        return None if any(isinstance(event, Init) for event, _ in self._held) else self._atoms
+
+    def _settle(self, view: memoryview) -> bool:
+        """DRIVER: find out from the first frame whether the engine uses shared memory; false if more of it is needed for that."""
+        if bytes(view[:HEADER]) != _POSDATA:
+            return True
+        if len(view) < MARK_AT + len(MARK):
+            self._needed = MARK_AT + len(MARK)
+            return False
+        if bytes(view[MARK_AT : MARK_AT + len(MARK)]) == MARK:
+            if not self._shared:
+                raise SharedMemoryError("the engine offers it over a connection where it cannot be used; use mode unix or inet there")
+            self._layout = Shared(self._layout.size if isinstance(self._layout, Batched) else 1)
+        self._framed = True
+        self._largest_message()
+        return True
+
+    def _announced(self, init: Init) -> None:
+        """Set the layout that INIT announces: it counts when it is cut or sent, not when it is its turn."""
+        size = parse_init(init.text).batch_size
+        check_length("batch_size of INIT", size, 1, self._limits.max_batch)
+        if isinstance(self._layout, Shared):
+            self._layout = self._layout.resized(size)
+        else:
+            self._layout = Batched(size) if size > 1 else SINGLE
+        self._largest_message()
+
+    def _largest_message(self) -> None:
+        """Set the size of the largest message that may come now, and of the largest thing that was ever allowed."""
+        atoms = self._expected_atoms or self._limits.max_atoms
+        most = self._layout.largest(self._role, self._limits, atoms)
+        self._largest = max(most, INIT_TEXT + self._limits.max_init, MARK_AT + len(MARK))
+        frame = self._layout.size * (atoms + 6) * 24 if isinstance(self._layout, Shared) else 0
+        self._most = max(self._most, self._largest, min(frame, self._limits.max_message))
 
     def _take(self, event: Event) -> Event:
         """Make the step of the table that belongs to a received message."""
@@ -211,21 +332,31 @@ class Connection:
             self._enter(state)
         if kind is Status or kind is GetForce:
             self._unanswered.append(kind)
-        elif isinstance(event, PosData):
-            self._atoms = len(event.positions)
+        elif isinstance(event, PosData | PosBatch):
+            self._begin(event)
+        elif isinstance(event, Init):
+            self._atoms = self._expected_atoms
         elif isinstance(event, Exit):
             self._forget()
         elif self._role is Role.ENGINE:
             self._unanswered.popleft()
-            if isinstance(event, ForceReady):
-                self._atoms = None
+            if isinstance(event, ForceReady | ForceBatch):
+                self._frame = None
         return event
+
+    def _begin(self, event: PosData | PosBatch) -> None:
+        """Note what the answer must look like."""
+        self._frame = _measures(event)
+        if self._role is Role.DRIVER:
+            if self._atoms not in (None, self._frame[1]):
+                raise self._fail(AtomCountError(self._atoms or 0, self._frame[1]))
+            self._atoms = self._frame[1]
 
     def _has_room(self) -> bool:
         """Whether more may be cut ahead of its turn."""
         if not self._held:
             return True
-        frames = (self._state is State.COMPUTING) + sum(isinstance(event, PosData) for event in self._held)
+        frames = (self._state is State.COMPUTING) + sum(isinstance(event, PosData | PosBatch) for event, _ in self._held)
         return len(self._held) < _HELD_MESSAGES and frames < _HELD_FRAMES
 
     def _out_of_turn(self, event: Event) -> OutOfTurnError:
@@ -248,9 +379,11 @@ class Connection:
 
     def _forget(self) -> None:
         """Drop everything that waits: the conversation is over."""
-        self._buffer.clear()
+        self._inbox.clear()
         self._held.clear()
         self._unanswered.clear()
+        if isinstance(self._layout, Shared):
+            self._layout.close()
 
     # --- sending --------------------------------------------------------------------------------------------------------------------
 
@@ -265,8 +398,7 @@ class Connection:
         if state is None or not self._is_due(event):
             unanswered = "+".join(word.word for word in self._unanswered)
             raise NotOurTurnError(f"sending {event.word}", self._state.name, unanswered)
-        data = encode(event)
-        self._check(event)
+        data = self._encoded(event)
         self._enter(state)
         self._note_sent(event)
         return data
@@ -299,30 +431,61 @@ class Connection:
         if request is not None:
             return bool(self._unanswered) and self._unanswered[0] is request
         # as ENGINE: an answer under way would be about the time before this message
-        return not (self._unanswered and isinstance(event, Init | PosData))
+        return not (self._unanswered and isinstance(event, Init | PosData | PosBatch))
 
-    def _check(self, event: Event) -> None:
-        """Refuse what is well formed and would still break the peer."""
-        if isinstance(event, ForceReady):
-            if self._atoms is not None and len(event.forces) != self._atoms:
-                raise AnswerAtomCountError(self._atoms, len(event.forces))
-            keys = check_extras(event.extras)
-            if self._extras_keys is None:
-                self._extras_keys = keys
-            elif keys != self._extras_keys:
-                raise ExtrasKeysError(tuple(sorted(self._extras_keys)), tuple(sorted(keys)))
-        elif isinstance(event, PosData) and self._expected_atoms is not None and len(event.positions) != self._expected_atoms:
-            raise AnswerAtomCountError(self._expected_atoms, len(event.positions))
+    def _encoded(self, event: Event) -> bytes:
+        """Return the bytes of a message, after refusing what is well formed and would still break the peer."""
+        if isinstance(event, ForceReady | ForceBatch):
+            keys = self._check_answer(event)
+            data = encode(event, self._answers)
+            self._extras_keys = keys
+            return data
+        if isinstance(event, PosData | PosBatch):
+            atoms = _measures(event)[1]
+            if self._expected_atoms not in (None, atoms):
+                raise AnswerAtomCountError(self._expected_atoms or 0, atoms)
+        return encode(event, self._layout)
+
+    def _check_answer(self, event: ForceReady | ForceBatch) -> frozenset[str]:
+        """Return the keys of the extras of an answer that fits to its frame."""
+        size, atoms = _measures(event)
+        if self._frame is not None and size != self._frame[0]:
+            raise LayoutError(event.word, f"{self._frame[0] or 'one'} configuration{'s' * (self._frame[0] > 1)}")
+        if self._frame is not None and atoms != self._frame[1]:
+            raise AnswerAtomCountError(self._frame[1], atoms)
+        return self._keys(event)
+
+    def _keys(self, event: ForceReady | ForceBatch) -> frozenset[str]:
+        """Return the keys of all extras, which must be those of the first answer."""
+        first = self._extras_keys
+        for extras in event.extras if isinstance(event, ForceBatch) else (event.extras,):
+            keys = check_extras(extras)
+            if first is None:
+                first = keys
+            elif keys != first:
+                raise ExtrasKeysError(tuple(sorted(first)), tuple(sorted(keys)))
+        return first or frozenset()
 
     def _note_sent(self, event: Event) -> None:
         kind = type(event)
         if kind is Status or kind is GetForce:
             self._unanswered.append(kind)
-        elif isinstance(event, PosData):
-            self._atoms = len(event.positions)
+        elif isinstance(event, Init):
+            self._announced(event)
+        elif isinstance(event, PosData | PosBatch):
+            self._begin(event)
         elif kind is Exit:
             self._forget()
         elif kind in REQUEST_OF:
             self._unanswered.popleft()
-            if isinstance(event, ForceReady):
-                self._atoms = None
+            if isinstance(event, ForceReady | ForceBatch):
+                self._frame = None
+
+
+def _measures(event: PosData | PosBatch | ForceReady | ForceBatch) -> tuple[int, int]:
+    """Return configurations (0 for a single one) and atoms of a frame or a result."""
+    if isinstance(event, PosBatch):
+        return len(event), event.atoms
+    if isinstance(event, ForceBatch):
+        return len(event), int(event.forces.shape[1])
+    return 0, len(event.positions if isinstance(event, PosData) else event.forces)

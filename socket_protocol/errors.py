@@ -96,6 +96,17 @@ class ExtrasKeysError(LocalProtocolError):
         return f"extras have the keys {list(self.now)}, the first answer had {list(self.first)}; keep the keys the same in every answer"
 
 
+class LayoutError(LocalProtocolError):
+    """Our message does not fit into the dialect of the connection."""
+
+    def __init__(self, word: str, expected: str) -> None:
+        super().__init__(word, expected)
+        self.word, self.expected = word, expected
+
+    def __str__(self) -> str:
+        return f"{self.word} must hold {self.expected} in the dialect of this connection"
+
+
 class InitError(LocalProtocolError):
     """An INIT of ours cannot be sent."""
 
@@ -158,7 +169,10 @@ class AtomCountError(RemoteProtocolError):
         self.expected, self.received = expected, received
 
     def __str__(self) -> str:
-        return f"the peer sent {self.received} atoms, {self.expected} were expected; give both sides the same structure"
+        return (
+            f"the peer sent {self.received} atoms, {self.expected} were expected; give both sides the same structure "
+            "(the number may change only with a new INIT or a new connection)"
+        )
 
 
 class NotFiniteError(RemoteProtocolError):
@@ -184,15 +198,15 @@ class OutOfTurnError(RemoteProtocolError):
         return f"received {self.message} in state {self.state}, where {wanted} was expected; the peer is out of step, start it again"
 
 
-class BatchedDialectError(RemoteProtocolError):
-    """INIT announced the batched layout, which this connection does not read."""
+class SharedMemoryError(RemoteProtocolError):
+    """The shared memory that the peer named cannot be used."""
 
-    def __init__(self, batch_size: int) -> None:
-        super().__init__(batch_size)
-        self.batch_size = batch_size
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
 
     def __str__(self) -> str:
-        return f"INIT announced batch_size {self.batch_size}, only single frames are understood; remove batch_size from the engine's input"
+        return f"shared memory: {self.problem}"
 
 
 class ReadAheadError(RemoteProtocolError):

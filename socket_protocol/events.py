@@ -1,4 +1,4 @@
-"""The nine messages of the i-PI protocol as plain frozen records, checked when made.
+"""The messages of the i-PI protocol as plain frozen records, checked when made.
 
 This file knows shapes and units, and nothing of bytes, states or sockets. Everything is in atomic units: lengths in Bohr, energies in
 Hartree, forces in Hartree/Bohr. The virial is W = -dE/d(strain) in Hartree, *not* divided by the volume.
@@ -9,8 +9,9 @@ Source: "Communication protocol" in the i-PI documentation (docs.ipi-code.org), 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +90,74 @@ class PosData:
         if not self.cell.any():
             return False
         return bool(np.abs(self.cell + _ANGSTROM * np.eye(3)).max() > _NO_CELL_TOLERANCE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PosBatch:
+    """Engine → driver: several configurations at once, in the batched and the shared-memory dialect; no answer.
+
+    | field     | shape     | dtype   | unit | note                                                    |
+    |-----------|-----------|---------|------|---------------------------------------------------------|
+    | cells     | (B, 3, 3) | float64 | Bohr | lattice vectors are the rows, as in `PosData`; B >= 1   |
+    | positions | (B, N, 3) | float64 | Bohr | one N for all                                           |
+
+    i-PI always sends as many configurations as it announced; where it has fewer it repeats the last one and drops those results.
+
+    Raises:
+        EventShapeError: a wrong shape.
+        EventNotFiniteError: a NaN or an infinite number.
+    """
+
+    word: ClassVar[str] = "POSDATA"
+    cells: Float64s
+    positions: Float64s
+
+    def __post_init__(self) -> None:
+        cells, positions = _finite_stack("POSDATA cells", self.cells), _finite_stack("POSDATA positions", self.positions)
+        if cells.shape != (len(positions), 3, 3):
+            raise EventShapeError("POSDATA cells", f"an array of shape ({len(positions)}, 3, 3)", f"shape {cells.shape}")
+        object.__setattr__(self, "cells", cells)
+        object.__setattr__(self, "positions", positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def atoms(self) -> int:
+        """Atoms in each configuration."""
+        return int(self.positions.shape[1])
+
+    @property
+    def distinct(self) -> int:
+        """How many configurations there are before the padding: all that follow are copies of the last of these, bit for bit.
+
+        >>> PosBatch(np.zeros((3, 3, 3)), np.array([[[0.0, 0, 0]], [[1.0, 0, 0]], [[1.0, 0, 0]]])).distinct
+        2
+        """
+        count = len(self)
+        while count > 1 and self._same(count - 1, count - 2):
+            count -= 1
+        return count
+
+    def _same(self, one: int, other: int) -> bool:
+        return bool((self.positions[one] == self.positions[other]).all() and (self.cells[one] == self.cells[other]).all())
+
+    def frame(self, index: int) -> PosData:
+        """Return one configuration as a single message."""
+        return PosData(self.cells[index], self.positions[index])
+
+    @classmethod
+    def of(cls, frames: Sequence[PosData], size: int) -> Self:
+        """Return a batch of `size` configurations, padded with the last of `frames`.
+
+        Raises:
+            EventShapeError: no frames, more than `size`, or of different numbers of atoms.
+        """
+        if not 1 <= len(frames) <= size or len({len(frame.positions) for frame in frames}) > 1:
+            counts = [len(frame.positions) for frame in frames]
+            raise EventShapeError("POSDATA batch", f"1 to {size} frames of one number of atoms", f"frames of {counts} atoms")
+        padded = [*frames, *[frames[-1]] * (size - len(frames))]
+        return cls(np.stack([frame.cell for frame in padded]), np.stack([frame.positions for frame in padded]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +239,73 @@ class ForceReady:
         return 0.5 * (self.virial + self.virial.T)
 
 
-Event: TypeAlias = Status | Init | PosData | GetForce | Exit | NeedInit | Ready | HaveData | ForceReady
+@dataclass(frozen=True, slots=True, eq=False)
+class ForceBatch:
+    """Driver → engine: the results of a `PosBatch`, one for each configuration, padded ones included.
+
+    | field    | shape     | dtype          | unit         | sign and meaning as in `ForceReady` |
+    |----------|-----------|----------------|--------------|-------------------------------------|
+    | energies | (B,)      | float64        | Hartree      |                                     |
+    | forces   | (B, N, 3) | float64        | Hartree/Bohr |                                     |
+    | virials  | (B, 3, 3) | float64        | Hartree      |                                     |
+    | extras   | B         | tuple of bytes |              |                                     |
+
+    Raises:
+        EventShapeError: a wrong shape or type.
+        EventNotFiniteError: a NaN or an infinite number.
+    """
+
+    word: ClassVar[str] = "FORCEREADY"
+    energies: Float64s
+    forces: Float64s
+    virials: Float64s
+    extras: tuple[bytes, ...]
+
+    def __post_init__(self) -> None:
+        forces, virials = _finite_stack("FORCEREADY forces", self.forces), _finite_stack("FORCEREADY virials", self.virials)
+        energies: Float64s = np.ascontiguousarray(self.energies, dtype=np.float64)
+        for field, shape, expected in (
+            ("energies", energies.shape, (len(forces),)),
+            ("virials", virials.shape, (len(forces), 3, 3)),
+            ("extras", (len(self.extras),), (len(forces),)),
+        ):
+            if shape != expected:
+                raise EventShapeError(f"FORCEREADY {field}", f"of shape {expected}", f"shape {shape}")
+        if not all_finite(energies):
+            raise EventNotFiniteError("FORCEREADY energies")
+        if not all(isinstance(extras, bytes) for extras in self.extras):
+            raise EventShapeError("FORCEREADY extras", "bytes", "something else")
+        object.__setattr__(self, "energies", energies)
+        object.__setattr__(self, "forces", forces)
+        object.__setattr__(self, "virials", virials)
+
+    def __len__(self) -> int:
+        return len(self.forces)
+
+    def result(self, index: int) -> ForceReady:
+        """Return one result as a single message."""
+        return ForceReady(float(self.energies[index]), self.forces[index], self.virials[index], self.extras[index])
+
+    @classmethod
+    def of(cls, results: Sequence[ForceReady], size: int) -> Self:
+        """Return the results of a batch of `size` configurations, of which those behind `results` are copies of the last.
+
+        Raises:
+            EventShapeError: no results, more than `size`, or of different numbers of atoms.
+        """
+        if not 1 <= len(results) <= size or len({len(result.forces) for result in results}) > 1:
+            counts = [len(result.forces) for result in results]
+            raise EventShapeError("FORCEREADY batch", f"1 to {size} results of one number of atoms", f"results of {counts} atoms")
+        padded = [*results, *[results[-1]] * (size - len(results))]
+        return cls(
+            np.array([result.energy for result in padded]),
+            np.stack([result.forces for result in padded]),
+            np.stack([result.virial for result in padded]),
+            tuple(result.extras for result in padded),
+        )
+
+
+Event: TypeAlias = Status | Init | PosData | PosBatch | GetForce | Exit | NeedInit | Ready | HaveData | ForceReady | ForceBatch
 
 
 def all_finite(array: Float64s) -> bool:
@@ -193,6 +328,20 @@ def _finite_array(field: str, value: Any, rows: int | None) -> Float64s:
     except (TypeError, ValueError) as problem:
         raise EventShapeError(field, expected, type(value).__name__) from problem
     if array.ndim != 2 or array.shape[1] != 3 or array.shape[0] != (rows or array.shape[0] or 1):
+        raise EventShapeError(field, expected, f"shape {array.shape}")
+    if not all_finite(array):
+        raise EventNotFiniteError(field)
+    return array
+
+
+def _finite_stack(field: str, value: Any) -> Float64s:
+    """Return `value` as a finite, C-contiguous float64 array of shape (B, N, 3), neither B nor N zero."""
+    expected = "an array of shape (B, N, 3)"
+    try:
+        array: Float64s = np.ascontiguousarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as problem:
+        raise EventShapeError(field, expected, type(value).__name__) from problem
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise EventShapeError(field, expected, f"shape {array.shape}")
     if not all_finite(array):
         raise EventNotFiniteError(field)

@@ -8,8 +8,7 @@ Source: i-PI `ipi/interfaces/utils.py`, and what was seen when each case was sen
 
 from __future__ import annotations
 
-import json
-from typing import NoReturn
+import msgspec
 
 from tumbaga.socket_protocol.errors import ExtrasError
 
@@ -28,24 +27,21 @@ def check_extras(extras: bytes) -> frozenset[str]:
     if not extras:
         return frozenset()
     try:
-        text = extras.decode("utf-8")
+        extras.decode("utf-8")
     except UnicodeDecodeError as problem:
         raise ExtrasError(f"are not UTF-8 at byte {problem.start}") from problem
-    if not text.strip(" \t\r\n"):
+    if not extras.strip(b" \t\r\n"):
         return frozenset()
     try:
-        described = _STRICT.decode(text)
-    except (ValueError, RecursionError) as problem:
-        raise ExtrasError(f"{text[:40]!r} are not JSON ({problem})") from problem
-    if not isinstance(described, dict):
-        raise ExtrasError(f"{text[:40]!r} are JSON, but no object")
+        described = _OBJECT.decode(extras)
+    except msgspec.ValidationError as problem:
+        raise ExtrasError(f"{extras[:40]!r} are JSON, but no object") from problem
+    except (msgspec.DecodeError, RecursionError) as problem:
+        raise ExtrasError(f"{extras[:40]!r} are not JSON ({problem})") from problem
     if "raw" in described:
         raise ExtrasError("have the key 'raw', which i-PI claims for itself")
     return frozenset(described)
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"the constant {constant}")
-
-
-_STRICT = json.JSONDecoder(parse_constant=_refuse)
+# only the keys matter: the values are checked to be JSON and not built
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])

@@ -17,7 +17,20 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from tumbaga.socket_protocol.events import Event, Exit, ForceReady, GetForce, HaveData, Init, NeedInit, PosData, Ready, Status
+from tumbaga.socket_protocol.events import (
+    Event,
+    Exit,
+    ForceBatch,
+    ForceReady,
+    GetForce,
+    HaveData,
+    Init,
+    NeedInit,
+    PosBatch,
+    PosData,
+    Ready,
+    Status,
+)
 
 
 class Role(enum.Enum):
@@ -73,11 +86,11 @@ S = State
 
 _DRIVER = {
     S.NEEDINIT: Row(
-        receive={Status: S.NEEDINIT, Init: S.READY, PosData: S.COMPUTING, Exit: S.CLOSED},
+        receive={Status: S.NEEDINIT, Init: S.READY, PosData: S.COMPUTING, PosBatch: S.COMPUTING, Exit: S.CLOSED},
         send={NeedInit: S.NEEDINIT},
     ),
     S.READY: Row(
-        receive={Status: S.READY, Init: S.READY, PosData: S.COMPUTING, Exit: S.CLOSED},
+        receive={Status: S.READY, Init: S.READY, PosData: S.COMPUTING, PosBatch: S.COMPUTING, Exit: S.CLOSED},
         send={Ready: S.READY},
     ),
     S.COMPUTING: Row(
@@ -87,7 +100,7 @@ _DRIVER = {
     ),
     S.HAVEDATA: Row(
         receive={Status: S.HAVEDATA, Init: S.HAVEDATA, GetForce: S.HAVEDATA, Exit: S.CLOSED},
-        send={HaveData: S.HAVEDATA, ForceReady: S.READY},
+        send={HaveData: S.HAVEDATA, ForceReady: S.READY, ForceBatch: S.READY},
     ),
     S.CLOSED: Row(),
     S.ERROR: Row(),
@@ -108,7 +121,7 @@ _ENGINE = {
     ),
     S.READY: Row(
         receive={NeedInit: S.NEEDINIT, Ready: S.READY, Exit: S.CLOSED},
-        send={Status: S.READY, PosData: S.COMPUTING, Exit: S.CLOSED},
+        send={Status: S.READY, PosData: S.COMPUTING, PosBatch: S.COMPUTING, Exit: S.CLOSED},
     ),
     # READY is not allowed here: it would mean that the driver ignored POSDATA
     S.COMPUTING: Row(
@@ -121,7 +134,7 @@ _ENGINE = {
     ),
     # QE wants INIT again after every force, so a force does not make the driver READY: STATUS tells
     S.ASKED: Row(
-        receive={HaveData: S.ASKED, ForceReady: S.UNKNOWN, Exit: S.CLOSED},
+        receive={HaveData: S.ASKED, ForceReady: S.UNKNOWN, ForceBatch: S.UNKNOWN, Exit: S.CLOSED},
         send={Status: S.ASKED, Exit: S.CLOSED},
     ),
     S.CLOSED: Row(),
@@ -135,7 +148,9 @@ TRANSITIONS: Final[Mapping[Role, Mapping[State, Row]]] = MappingProxyType(
 
 START: Final[Mapping[Role, State]] = MappingProxyType({Role.DRIVER: State.NEEDINIT, Role.ENGINE: State.UNKNOWN})
 
-REQUEST_OF: Final[Mapping[Word, Word]] = MappingProxyType({NeedInit: Status, Ready: Status, HaveData: Status, ForceReady: GetForce})
+REQUEST_OF: Final[Mapping[Word, Word]] = MappingProxyType(
+    {NeedInit: Status, Ready: Status, HaveData: Status, ForceReady: GetForce, ForceBatch: GetForce}
+)
 """Answer → the request it answers."""
 
 ANSWER_IN: Final[Mapping[State, Event]] = MappingProxyType({S.NEEDINIT: NeedInit(), S.READY: Ready(), S.HAVEDATA: HaveData()})

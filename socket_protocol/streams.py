@@ -78,7 +78,6 @@ class Stream:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._socket = sock
         self._peer = peer
-        self._chunk = memoryview(bytearray(_CHUNK))
         self._out = bytearray()
         self._broken = False
         sock.setblocking(False)
@@ -128,26 +127,24 @@ class Stream:
         """Read what is there into `connection`, at most about 1 MiB and not more than it wants, and return how many bytes that was.
 
         A peer that ended, reset or lost the connection is given on as the end of the stream.
-
-        Raises:
-            ReadAheadError: not while the connection is only fed from here.
         """
         total = 0
         while total < _MAX_TURN and connection.wants_data:
+            space = connection.space()
             try:
-                count = self._socket.recv_into(self._chunk)
+                count = self._socket.recv_into(space)
             except BlockingIOError:
                 break
             except _GONE:
                 count = 0
             # the flag is not sticky, and a delayed ACK costs a peer with Nagle's algorithm 40 ms a message
             self._acknowledge_quickly()
-            connection.receive_data(self._chunk[:count])
+            connection.received(count)
             total += count
-            if count < _CHUNK:
+            if count < len(space):
                 break  # the socket was empty for a moment; the selector tells when there is more
         if self._broken and not total and not connection.eof:
-            connection.receive_data(b"")
+            connection.received(0)
         return total
 
     def send(self, data: bytes) -> None:
@@ -182,7 +179,7 @@ class Stream:
             self._socket.shutdown(socket.SHUT_WR)
         with contextlib.suppress(OSError):
             for _ in range(_MAX_TURN // _CHUNK):
-                if not self._socket.recv_into(self._chunk):
+                if not self._socket.recv(_CHUNK):
                     break
         self._socket.close()
 

@@ -5,8 +5,9 @@ Engine and driver are the plain use of a `Connection` on a `Stream`, one convers
 
 from __future__ import annotations
 
+import contextlib
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypeAlias
 
@@ -18,15 +19,18 @@ from tumbaga.socket_protocol.events import (
     Event,
     Exit,
     Float64s,
+    ForceBatch,
     ForceReady,
     GetForce,
     HaveData,
     Init,
     NeedInit,
+    PosBatch,
     PosData,
     Ready,
     Status,
 )
+from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Dialling, Listener, Stream, dial
 
 Dialect: TypeAlias = Literal["classic", "pipelined"]
@@ -102,9 +106,10 @@ class BlockingEngine:
         dialect: "classic" sends one message at a time and waits for HAVEDATA, as ASE does; "pipelined" sends POSDATA and GETFORCE in one
             write from the first frame on, and STATUS after each force, as i-PI does.
         rid: sent in INIT.
-        init_text: sent in INIT.
+        init_text: sent in INIT; with `batch_size:B` in it, frames travel by batches of B: use `batch`.
         timeout: seconds that one answer may take.
         limits: the most to accept.
+        shared: what the names of shared-memory segments begin with, `ipi_shm_` and something unique: use `batch` then; empty for none.
     """
 
     def __init__(
@@ -116,21 +121,25 @@ class BlockingEngine:
         init_text: bytes = b" ",
         timeout: float = 60.0,
         limits: Limits | None = None,
+        shared: str = "",
     ) -> None:
-        self.connection = Connection(Role.ENGINE, limits or Limits())
+        self.connection = Connection(Role.ENGINE, limits or Limits(), shared=shared)
+        self._batch_size = parse_init(init_text).batch_size
         self.inits_sent = 0
         self._talk = _Talk(stream, self.connection, timeout)
         self._dialect = dialect
         self._init = Init(rid, init_text)
 
     @classmethod
-    def accept(cls, listener: Listener, dialect: Dialect = "classic", *, timeout: float = 60.0, init_text: bytes = b" ") -> Self:
+    def accept(
+        cls, listener: Listener, dialect: Dialect = "classic", *, timeout: float = 60.0, init_text: bytes = b" ", shared: str = ""
+    ) -> Self:
         """Return an engine for the next driver that dials in.
 
         Raises:
             TimeoutError: nobody came.
         """
-        return cls(accept(listener, timeout), dialect, timeout=timeout, init_text=init_text)
+        return cls(accept(listener, timeout), dialect, timeout=timeout, init_text=init_text, shared=shared)
 
     def __enter__(self) -> Self:
         return self
@@ -151,19 +160,32 @@ class BlockingEngine:
             RemoteProtocolError: the driver broke the rules.
         """
         frame = PosData(np.zeros((3, 3)) if cell is None else np.asarray(cell, np.float64), np.asarray(positions, np.float64))
+        result = self._ask(frame)
+        assert isinstance(result, ForceReady)
+        return _plain(result)
+
+    def batch(self, frames: Sequence[PosData]) -> list[Forces]:
+        """Return what `forces` does, for up to as many frames as INIT announced, in one message padded as i-PI pads it.
+
+        Raises:
+            ConnectionError, TimeoutError, RemoteProtocolError: as `forces`.
+        """
+        result = self._ask(PosBatch.of(frames, self._batch_size))
+        assert isinstance(result, ForceBatch)
+        return [_plain(result.result(index)) for index in range(len(frames))]
+
+    def _ask(self, frame: PosData | PosBatch) -> Event:
         self._get_ready()
         if self._dialect == "pipelined":
             self._write(frame, GetForce(), Status())
-            result = self._read(ForceReady)
+            result = self._read(ForceReady, ForceBatch)
             self._read(Ready, NeedInit)
-        else:
-            self._write(frame)
-            self._write(Status())
-            self._read(HaveData)
-            self._write(GetForce())
-            result = self._read(ForceReady)
-        assert isinstance(result, ForceReady)
-        return Forces(result.energy, result.forces, result.virial, result.extras)
+            return result
+        self._write(frame)
+        self._write(Status())
+        self._read(HaveData)
+        self._write(GetForce())
+        return self._read(ForceReady, ForceBatch)
 
     def close(self) -> None:
         """Say EXIT and close. Can be called twice."""
@@ -171,6 +193,7 @@ class BlockingEngine:
             return
         if self.connection.state is not State.CLOSED:
             self._talk.stream.send(self.connection.send(Exit()))
+        self.connection.close()
         self._talk.stream.close()
 
     def _get_ready(self) -> None:
@@ -197,12 +220,16 @@ class BlockingEngine:
         return event
 
 
+def _plain(result: ForceReady) -> Forces:
+    return Forces(result.energy, result.forces, result.virial, result.extras)
+
+
 class BlockingDriver:
-    """A minimal driver: answers an engine, one frame at a time, until the engine leaves.
+    """A minimal driver in all dialects: answers an engine, one message at a time, until the engine leaves.
 
     Args:
-        stream: connected to an engine.
-        compute: makes the answer to a frame.
+        stream: connected to an engine on this machine (it may use shared memory).
+        compute: makes the answer to a frame; called once for frames that only pad a batch.
         timeout: seconds of silence from the engine.
         limits: the most to accept.
     """
@@ -210,7 +237,7 @@ class BlockingDriver:
     def __init__(
         self, stream: Stream, compute: Callable[[PosData], ForceReady], *, timeout: float = 60.0, limits: Limits | None = None
     ) -> None:
-        self.connection = Connection(Role.DRIVER, limits or Limits())
+        self.connection = Connection(Role.DRIVER, limits or Limits(), shared=True)
         self.inits: list[Init] = []
         self.frames = 0
         self._compute = compute
@@ -223,19 +250,25 @@ class BlockingDriver:
             TimeoutError: the engine said nothing for too long.
             RemoteProtocolError: the engine broke the rules.
         """
-        answer: ForceReady | None = None
-        with self._talk.stream:
+        answer: ForceReady | ForceBatch | None = None
+        with self._talk.stream, contextlib.closing(self.connection):
             while not isinstance(event := self._talk.next(), Exit):
                 if isinstance(event, Status):
                     self._talk.write(self.connection.answer_status())
                 elif isinstance(event, Init):
                     self.inits.append(event)
-                elif isinstance(event, PosData):
-                    answer = self._compute(event)
-                    self.frames += 1
+                elif isinstance(event, PosData | PosBatch):
+                    answer = self._answer(event)
                     self.connection.complete()
                 elif answer is not None:
                     self._talk.write(self.connection.send(answer))
+
+    def _answer(self, event: PosData | PosBatch) -> ForceReady | ForceBatch:
+        if isinstance(event, PosData):
+            self.frames += 1
+            return self._compute(event)
+        self.frames += event.distinct
+        return ForceBatch.of([self._compute(event.frame(index)) for index in range(event.distinct)], len(event))
 
 
 def accept(listener: Listener, timeout: float = 60.0) -> Stream:

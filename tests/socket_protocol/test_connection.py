@@ -200,14 +200,6 @@ def test_init_is_taken_again_in_every_state_and_changes_none() -> None:
         assert driver.state is state
 
 
-def test_batches_are_refused_when_they_are_announced_even_while_computing() -> None:
-    driver = driver_in(State.COMPUTING)
-    driver.receive_data(b"INIT        " + (0).to_bytes(4, "little") + (13).to_bytes(4, "little") + b" batch_size:4")
-
-    with pytest.raises(errors.BatchedDialectError, match="batch_size 4"):
-        driver.next_event()
-
-
 def test_reading_ahead_stops_at_the_second_unanswered_frame_and_goes_on_later() -> None:
     driver = driver_in(State.COMPUTING)
     driver.receive_data(wire(GetForce(), Status()))
@@ -435,4 +427,4 @@ def test_any_bytes_give_events_or_a_pause_or_a_remote_error_and_nothing_else(rol
         if connection.closed:
             return
         assert isinstance(event, Wait)
-        assert len(connection._buffer) <= connection._largest + chunk
+        assert connection.memory <= connection.memory_bound

@@ -1,0 +1,64 @@
+"""Received bytes that are not cut into messages yet: one buffer, written to by the socket itself and read in place."""
+
+from __future__ import annotations
+
+from typing import Final
+
+SPARE: Final = 1 << 14
+"""What is there at first, and the most that is kept free beyond what was asked for."""
+_LEAST: Final = 1 << 12  # free bytes to offer to a read
+
+
+class Inbox:
+    """A buffer that is filled at its end and emptied at its beginning. It grows to what is asked for and never shrinks.
+
+    Views of it are for the moment: the next `space`, `feed` or `drop` may change what they show.
+    """
+
+    def __init__(self) -> None:
+        self._data = memoryview(bytearray(SPARE))
+        self._start = self._end = 0
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of memory that are held."""
+        return len(self._data)
+
+    @property
+    def view(self) -> memoryview:
+        """The waiting bytes, to be read in place."""
+        return self._data[self._start : self._end]
+
+    def space(self, message: int = 0) -> memoryview:
+        """Return free bytes to write to, enough for a message of that size that begins with the first waiting byte; then call `filled`."""
+        waiting = self._end - self._start
+        wanted = max(message - waiting, _LEAST)
+        if len(self._data) - self._end < wanted:
+            roomy = self._data if waiting + wanted <= len(self._data) else memoryview(bytearray(waiting + wanted))
+            roomy[:waiting] = self._data[self._start : self._end]
+            self._data, self._start, self._end = roomy, 0, waiting
+        return self._data[self._end :]
+
+    def filled(self, count: int) -> None:
+        """Take the first `count` bytes of the last `space` as received."""
+        self._end += count
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Take a copy of `data` as received."""
+        count = len(data)
+        self.space(len(self) + count)[:count] = data
+        self.filled(count)
+
+    def drop(self, count: int) -> None:
+        """Forget the first `count` waiting bytes."""
+        self._start += count
+        if self._start >= self._end:
+            self._start = self._end = 0
+
+    def clear(self) -> None:
+        """Forget everything, and the memory with it."""
+        self._data = memoryview(bytearray(0))
+        self._start = self._end = 0
