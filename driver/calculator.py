@@ -1,0 +1,265 @@
+"""`Tumbaga`: an ASE calculator that evaluates in the process of the script, with the numbers and the uncertainty of the server.
+
+For a script that needs forces and does not need learning; `tumbaga.driver.serving` starts a server for one that does.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.calculators.calculator import CalculationFailed, Calculator, PropertyNotImplementedError, all_changes
+from ase.data import chemical_symbols
+from ase.outputs import all_outputs
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from tumbaga.driver import config as configs
+from tumbaga.driver import spread, structures
+from tumbaga.driver.backends import registry
+from tumbaga.driver.errors import ConfigError, DriverError, PotentialError, RunDirError
+from tumbaga.driver.gateway import read_serving
+from tumbaga.driver.slot import BASE, Slot
+from tumbaga.online import guards, versions
+from tumbaga.online.ports import Potential
+from tumbaga.online.records import Frame
+
+DEFAULT_MODEL = "painn:cuau-water"
+_KEPT = 8  # potentials held for calculators to come
+_loading = threading.Lock()  # two threads must not load the same potential twice
+
+
+class RefusedError(DriverError, CalculationFailed):  # type: ignore[misc] # ASE has no types
+    """A frame or its forces are unphysical: the server would have closed the connection, the calculator gives no number."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return self.why
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Which weights serve, and where the scale of the uncertainty comes from."""
+
+    model: str
+    dtype: str
+    number: int = BASE
+    path: Path | None = None  # of the version's file
+    scale: float | None = None  # force std per score, 1/Å, if the learner knew it
+    template: Frame | None = None  # else it is measured on this
+
+
+class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
+    """Energy, forces, stress and their uncertainty from a potential loaded into this process.
+
+    Results, beside ASE's `energy`, `free_energy` (the same), `forces` and `stress` (eV, eV/Å, eV/Å³; the stress only where the atoms
+    are periodic):
+
+    - `force_std`: largest force standard deviation of any atom, eV/Å, before calibration, as in the server's extras; NaN where it is not
+      known (there the extras say 1000000);
+    - `force_std_atom`: the index of that atom; -1 where no atom has a score;
+    - `force_stds`: the same estimate for every atom, shape (n_atoms,), eV/Å: its last-layer score times the scale of the frame's kind;
+      NaN where not known. See `exact_force_stds` for the standard deviation without that estimate;
+    - `version`: "NUMBER-HASH" of the weights, as in the extras; "0-base" for a potential as it was loaded.
+
+    The scale is the learner's where a run has noted one, else it is measured once, on `template`, as the server does.
+
+    Args:
+        model: "painn:cuau-water" (the default), "painn:FILE", "toy:lj"; not together with `run`.
+        device: "auto", "cpu", "cuda".
+        dtype: "float32" or "float64"; None means float32, or that of the run.
+        run: a run directory, also of a run that goes on: it is only read. Gives model, dtype, template and the newest version that was
+            fit to serve. The version stays the one found now; make a new calculator for a newer one.
+        version: of the run, instead of the newest.
+        template: Atoms on which the scale is measured; None means the run's template, or else the first frame of each composition.
+
+    Raises:
+        PotentialError: the potential cannot be found or loaded.
+        ConfigError: arguments that exclude each other, a run directory without settings, a template periodic in some directions only.
+        RunDirError: the run directory has no such version.
+        VersionError: the version's file is damaged.
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress", "force_std", "force_std_atom", "force_stds", "version"]  # noqa: RUF012
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: str | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+        *,
+        run: str | Path | None = None,
+        version: int | None = None,
+        template: Any = None,
+    ) -> None:
+        source = _plain(model, dtype, version) if run is None else _of_run(Path(run), model, dtype, version)
+        self._slot = Slot(shared_potential(source.model, device, source.dtype))
+        self._number = source.number
+        if source.path is not None:
+            self._slot.load(source.number, source.path, ())
+        self.version = spread.version_name(source.number, source.path.name if source.path else "")
+        self._scale = source.scale
+        reference = source.template if template is None else _frame(template)
+        # a scale that the learner noted, or one measured on a template, is for all frames; else each composition has its own
+        self._measured_on: bytes | None = None
+        self._fixed = source.scale is not None or reference is not None
+        if source.scale is None and reference is not None:
+            self._scale = self._measured(reference)
+        super().__init__(model=source.model, dtype=source.dtype, version=self.version)
+
+    def calculate(self, atoms: Any = None, properties: Any = ("energy",), system_changes: Any = all_changes) -> None:
+        """Evaluate the atoms; ASE calls this when its cached results do not hold any more.
+
+        Raises:
+            PotentialError: an element that the potential does not know; names it, and those that it knows.
+            ConfigError: periodic in some directions only.
+            BadFrameError: a position is not finite, or a periodic cell has no volume.
+            RefusedError: atoms inside each other, or forces that are not finite or beyond 1000 eV/Å.
+            PropertyNotImplementedError: the stress of atoms that are not periodic.
+        """
+        super().calculate(atoms, properties, system_changes)
+        frame = self._checked(_frame(self.atoms))
+        if "stress" in properties and not frame.periodic:
+            raise PropertyNotImplementedError("there is no stress: the atoms are not periodic (pbc is False in all directions)")
+        _refuse_unless_ok(guards.check_frame(frame))
+        (answer,) = self._slot.answer([frame], [(self._number, self._number, 1.0)])
+        prediction = answer.prediction
+        _refuse_unless_ok(guards.check_prediction(prediction))
+        scale = self._scale_of(frame)
+        std, atom = spread.largest(answer.lpr, scale)
+        self.results = {
+            "energy": prediction.energy,
+            "free_energy": prediction.energy,
+            "forces": prediction.forces,
+            "force_std": std,
+            "force_std_atom": atom,
+            "force_stds": answer.lpr * (np.nan if scale is None else scale),
+            "version": self.version,
+        }
+        if frame.periodic:
+            volume = abs(np.linalg.det(frame.cell))
+            self.results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
+
+    def exact_force_stds(self, atoms: Any) -> Any:
+        """Return the standard deviation of each atom's force, norm over xyz, shape (n_atoms,), float64, eV/Å; NaN where not known.
+
+        It follows from the posterior of the readout and the frame's force rows, which cost as much as tens of force calls.
+
+        Raises:
+            What `calculate` raises of the atoms.
+        """
+        return spread.exact_stds(self._slot, self._checked(_frame(atoms)), self._number)
+
+    def export_properties(self) -> Any:
+        """What ASE knows of the results, in its own type, which has no place for an uncertainty."""
+        from ase.outputs import Properties
+
+        return Properties({name: value for name, value in self.results.items() if name in all_outputs})
+
+    # -- the scale of the uncertainty ------------------------------------------------------------------------------------------------
+
+    def _scale_of(self, frame: Frame) -> float | None:
+        if not self._fixed:
+            kind = bytes([frame.periodic]) + np.sort(frame.numbers).tobytes()
+            if kind != self._measured_on:
+                self._scale, self._measured_on = self._measured(frame), kind
+        return self._scale
+
+    def _measured(self, frame: Frame) -> float | None:
+        return spread.std_per_score(self._slot, self._checked(frame))
+
+    def _checked(self, frame: Frame) -> Frame:
+        spec = self._slot.potential.spec
+        unknown = sorted(set(frame.numbers.tolist()) - set(spec.elements)) if spec.elements else []
+        if unknown:
+            named, known = (", ".join(chemical_symbols[z] for z in numbers) for numbers in (unknown, spec.elements))
+            raise PotentialError(spec.name, f"it does not know {named}; it knows {known}")
+        return frame
+
+
+# -- where the weights come from -------------------------------------------------------------------------------------------------------
+
+
+def shared_potential(model: str, device: str = "auto", dtype: str = "float32") -> Potential:
+    """Return a potential, loaded once for all calculators of this process; again only after its file has changed.
+
+    Raises:
+        PotentialError: no such kind, file, option, device or dtype.
+    """
+    file = registry.weights_file(model)
+    told = file.stat() if file else None
+    with _loading:
+        return _loaded(model, device, dtype, (told.st_mtime_ns, told.st_size) if told else None)
+
+
+@lru_cache(maxsize=_KEPT)
+def _loaded(model: str, device: str, dtype: str, stamp: tuple[int, int] | None) -> Potential:
+    try:
+        return registry.load(model, device, dtype)
+    except (RuntimeError, AssertionError) as error:  # what torch says of a device that is not there
+        raise PotentialError(model, f"cannot be loaded on device {device!r} ({str(error).splitlines()[0]})") from error
+
+
+def _plain(model: str | None, dtype: str | None, version: int | None) -> _Source:
+    if version is not None:
+        raise ConfigError("version", "belongs to a run; give run=DIRECTORY as well")
+    return _Source(model or DEFAULT_MODEL, dtype or "float32")
+
+
+def _of_run(run: Path, model: str | None, dtype: str | None, version: int | None) -> _Source:
+    if model is not None:
+        raise ConfigError("model", "is that of the run; leave out either model or run")
+    potential = configs.load(run).potential
+    serving = read_serving(run)
+    number = serving.version if version is None else version
+    path = None
+    if number:
+        path = run / serving.path if number == serving.version else _version_file(run, number)
+    scale = serving.lpr_scale if number == serving.version else None
+    return _Source(_model_of(run, potential.model), dtype or potential.dtype, number, path, scale, _template_of(potential))
+
+
+def _version_file(run: Path, number: int) -> Path:
+    found = sorted((run / versions.FOLDER).glob(f"{number:06d}-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    if found:
+        return found[-1]
+    known = sorted({int(path.name[:6]) for path in (run / versions.FOLDER).glob("[0-9]" * 6 + "-*.safetensors")})
+    raise RunDirError(str(run), f"has no version {number}; it has {', '.join(map(str, known)) or 'none but 0'}")
+
+
+def _model_of(run: Path, model: str) -> str:
+    """The model's name; where its file is not here, as in a run directory that was copied, version 0 is that potential, whole."""
+    try:
+        registry.weights_file(model)
+    except PotentialError:
+        whole = sorted((run / versions.FOLDER).glob(f"{BASE:06d}-*.safetensors"))
+        if not (whole and model.startswith("painn:")):
+            raise
+        return f"painn:{whole[0]}"
+    return model
+
+
+def _template_of(potential: configs.Potential) -> Frame | None:
+    try:
+        return structures.read_frame(potential.template)
+    except ConfigError:
+        return None  # not copied along: then the first frame has to do
+
+
+def _frame(atoms: Any) -> Frame:
+    try:
+        return structures.from_atoms(atoms)
+    except ConfigError as error:
+        raise ConfigError("atoms", error.problem) from error
+
+
+def _refuse_unless_ok(finding: guards.Finding) -> None:
+    if finding.verdict is not guards.Verdict.OK:
+        raise RefusedError(finding.sentence)
