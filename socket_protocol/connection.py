@@ -237,11 +237,11 @@ class Connection:
 
     def _next_request(self) -> Event | Wait:
         """DRIVER: look for the end everywhere first, then take one request if it is its turn."""
-        while len(self._inbox) >= self._needed and self._has_room():
+        while self._inbox.waiting >= self._needed and (not self._held or self._has_room()):
             event = self._cut()
             if event is None:
                 break
-            if isinstance(event, Exit):
+            if type(event) is Exit:
                 self._gone = True
                 break
             self._held.append((event, self._layout))
@@ -265,29 +265,32 @@ class Connection:
 
     def _cut(self) -> Event | None:
         """Cut the first whole message off the buffer."""
-        if len(self._inbox) < self._needed:
+        if self._inbox.waiting < self._needed:
             return None
         view = self._inbox.view
         try:
             if self._role is Role.DRIVER and not self._framed and not self._settle(view):
                 return None
             found = decode(self._role, view, self._limits, self._wanted_atoms(), self._layout)
-            if isinstance(found, int):
+            if type(found) is int:
                 self._needed = found
                 return None
-            self._inbox.drop(found.size)
+            event, size = found  # type: ignore[misc]
+            self._inbox.drop(size)
             self._needed = HEADER
-            if isinstance(found.event, Init):
-                self._announced(found.event)
+            if type(event) is Init:
+                self._announced(event)
         except RemoteProtocolError as error:
             raise self._fail(error) from None
-        return found.event
+        return event
 
     def _wanted_atoms(self) -> int | None:
         """The atom count to insist on while cutting; INIT, if it waits before this message, may change it."""
         if self._role is Role.ENGINE:
             return self._frame[1] if self._frame else None
-        return None if any(isinstance(event, Init) for event, _ in self._held) else self._atoms
+        if self._held and any(isinstance(event, Init) for event, _ in self._held):
+            return None
+        return self._atoms
 
     def _settle(self, view: memoryview) -> bool:
         """DRIVER: find out from the first frame whether the engine uses shared memory; false if more of it is needed for that."""
@@ -410,9 +413,11 @@ class Connection:
             NotOurTurnError: no STATUS is waiting for an answer.
         """
         answer = ANSWER_IN.get(self._state)
-        if answer is None:
+        if answer is None or not self._unanswered or self._unanswered[0] is not Status:
             raise NotOurTurnError("answering STATUS", self._state.name)
-        return self.send(answer)
+        self._enter(self._row.send[type(answer)])
+        self._unanswered.popleft()
+        return encode(answer)
 
     def complete(self) -> None:
         """DRIVER: the force of the frame under way is there; COMPUTING becomes HAVEDATA and held requests get their turn.

@@ -18,9 +18,10 @@ class Inbox:
     def __init__(self) -> None:
         self._data = memoryview(bytearray(SPARE))
         self._start = self._end = 0
+        self.waiting = 0  # what `len` gives; an attribute because it is asked for several times a message
 
     def __len__(self) -> int:
-        return self._end - self._start
+        return self.waiting
 
     @property
     def capacity(self) -> int:
@@ -34,7 +35,7 @@ class Inbox:
 
     def space(self, message: int = 0) -> memoryview:
         """Return free bytes to write to, enough for a message of that size that begins with the first waiting byte; then call `filled`."""
-        waiting = self._end - self._start
+        waiting = self.waiting
         wanted = max(message - waiting, _LEAST)
         if len(self._data) - self._end < wanted:
             roomy = self._data if waiting + wanted <= len(self._data) else memoryview(bytearray(waiting + wanted))
@@ -45,6 +46,7 @@ class Inbox:
     def filled(self, count: int) -> None:
         """Take the first `count` bytes of the last `space` as received."""
         self._end += count
+        self.waiting += count
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take a copy of `data` as received."""
@@ -55,10 +57,11 @@ class Inbox:
     def drop(self, count: int) -> None:
         """Forget the first `count` waiting bytes."""
         self._start += count
-        if self._start >= self._end:
-            self._start = self._end = 0
+        self.waiting -= count
+        if self.waiting <= 0:
+            self._start = self._end = self.waiting = 0
 
     def clear(self) -> None:
         """Forget everything, and the memory with it."""
         self._data = memoryview(bytearray(0))
-        self._start = self._end = 0
+        self._start = self._end = self.waiting = 0
