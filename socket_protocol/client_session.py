@@ -107,6 +107,7 @@ class Client:
         self._peer, self._limits = peer, limits
         self._inits = self._stale = 0
         self._partial = 0
+        self._before = self.connection.state  # the last message
         self._asked_at = self._job_at = now
         self._partial_since: float | None = None
         self._writing_since: float | None = None
@@ -184,15 +185,16 @@ class Client:
         return f"it sent nothing where {self._expected()} was expected"
 
     def _expected(self) -> str:
+        state = self._before if self.connection.closed else self.connection.state
         if self.has_frame and self.job is not None:
-            what = "HAVEDATA" if self.connection.state is State.COMPUTING else "FORCEREADY"
+            what = "HAVEDATA" if state is State.COMPUTING else "FORCEREADY"
             return f"{what} for {self.job.atoms} atoms"
-        return "FORCEREADY (an old result)" if self.connection.state is State.ASKED else "READY or NEEDINIT"
+        return "FORCEREADY (an old result)" if state is State.ASKED else "READY or NEEDINIT"
 
     # --- one step of the conversation ---------------------------------------------------------------------------------------------------
 
     def _next_event(self) -> Event | Wait:
-        self.idle = self.free
+        self.idle, self._before = self.free, self.connection.state
         try:
             return self.connection.next_event()
         except OutOfTurnError as problem:

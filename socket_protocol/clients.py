@@ -288,7 +288,7 @@ class Clients:
         try:
             step()
         except (ClientGoneError, RemoteProtocolError) as problem:
-            self._lose(client, str(problem))
+            self._lose(client, problem)
         else:
             self._watch(client)
 
@@ -326,10 +326,11 @@ class Clients:
         result = job.placed.result(answered.answer)
         self._finished.append(Finished(job.ticket, result, extras, "", client.stream.peer, answered.seconds))
 
-    def _lose(self, client: Client, sentence: str) -> None:
+    def _lose(self, client: Client, problem: ClientGoneError | RemoteProtocolError) -> None:
         """End a client; its job goes back to the head of the queue, once."""
         job, peer = client.job, client.stream.peer
-        _log.log(logging.INFO if client.idle and not job else logging.WARNING, "client %s ended: %s", peer, sentence)
+        in_peace = client.idle and isinstance(problem, ClientGoneError)
+        _log.log(logging.INFO if in_peace else logging.WARNING, "client %s ended: %s", peer, problem)
         self._lost += 1
         del self._clients[client]
         self._selector.unregister(client.stream)
@@ -338,12 +339,12 @@ class Clients:
         if job is None or job.withdrawn:
             return
         if client.has_frame:
-            job.problems.append(f"client {peer}: {sentence}")
+            job.problems.append(f"client {peer}: {problem}")
         if len(job.problems) < _ATTEMPTS:
             self._queue.appendleft(job)
         else:
-            problem = f"{_ATTEMPTS} clients failed at this frame: {'; '.join(job.problems)}"
-            self._finished.append(Finished(job.ticket, None, NOTHING, problem, peer))
+            summary = f"{_ATTEMPTS} clients failed at this frame: {'; '.join(job.problems)}"
+            self._finished.append(Finished(job.ticket, None, NOTHING, summary, peer))
 
     def _say_exit(self, client: Client) -> None:
         if client.connection.state is not State.CLOSED:
