@@ -82,7 +82,16 @@ class Answered:
 
 
 class ClientGoneError(Exception):
-    """The client left, or its time is up: the sentence says what came and what was expected."""
+    """The client left, or its time is up: the sentence says what came and what was expected.
+
+    Args:
+        sentence: that.
+        in_peace: whether nothing was expected of it.
+    """
+
+    def __init__(self, sentence: str, *, in_peace: bool = False) -> None:
+        super().__init__(sentence)
+        self.in_peace = in_peace
 
 
 class Client:
@@ -103,7 +112,7 @@ class Client:
         self.rid: int | None = None  # of the last job
         self.atoms: int | None = None  # of the first frame; a client has its own input with so many
         self.forces = 0
-        self.idle = False  # whether nothing was expected of it when the last message came
+        self._idle = False  # whether nothing was expected of it when the last message came
         self._peer, self._limits = peer, limits
         self._inits = self._stale = 0
         self._partial = 0
@@ -194,7 +203,7 @@ class Client:
     # --- one step of the conversation ---------------------------------------------------------------------------------------------------
 
     def _next_event(self) -> Event | Wait:
-        self.idle, self._before = self.free, self.connection.state
+        self._idle, self._before = self.free, self.connection.state
         try:
             return self.connection.next_event()
         except OutOfTurnError as problem:
@@ -205,7 +214,8 @@ class Client:
     def _react(self, event: Event, now: float) -> None:
         if isinstance(event, Exit):
             came = f" after {self._partial} bytes of a message" if self._partial else ""
-            raise ClientGoneError(f"it closed the connection{came}" + ("" if self.idle else f" where {self._expected()} was expected"))
+            wanted = "" if self._idle else f" where {self._expected()} was expected"
+            raise ClientGoneError(f"it closed the connection{came}{wanted}", in_peace=self._idle)
         if isinstance(event, NeedInit) and self.job is not None:
             self._send_init(self.job, now)
         elif isinstance(event, HaveData):

@@ -329,7 +329,7 @@ class Clients:
     def _lose(self, client: Client, problem: ClientGoneError | RemoteProtocolError) -> None:
         """End a client; its job goes back to the head of the queue, once."""
         job, peer = client.job, client.stream.peer
-        in_peace = client.idle and isinstance(problem, ClientGoneError)
+        in_peace = isinstance(problem, ClientGoneError) and problem.in_peace
         _log.log(logging.INFO if in_peace else logging.WARNING, "client %s ended: %s", peer, problem)
         self._lost += 1
         del self._clients[client]

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,14 @@ def until(clients: Clients, reached: Callable[[], bool]) -> list[Finished]:
         assert time.monotonic() < end, clients
         finished += clients.turn(0.05)
     return finished
+
+
+def has_lost(clients: Clients, count: int) -> bool:
+    return clients.lost == count
+
+
+def holds(clients: Clients, connected: int, refused: int) -> bool:
+    return (clients.connected, clients.refused) == (connected, refused)
 
 
 def finished(clients: Clients, count: int = 1) -> list[Finished]:
@@ -562,7 +571,7 @@ def test_a_client_that_never_got_the_frame_has_not_failed_at_it(clients: Clients
         client = raw()
         lead(client, "init", frame())
         client.socket.close()
-        assert until(clients, lambda lost=lost: clients.lost == lost) == []
+        assert until(clients, partial(has_lost, clients, lost)) == []
     assert clients.waiting == 1
 
 
@@ -684,7 +693,7 @@ def test_more_may_come_in_as_time_goes_on(address: Address, clock: Clock) -> Non
         for now, connected, refused in ((0.0, 2, 1), (0.5, 3, 3), (1.0, 4, 5), (5.0, 4, 8)):
             clock.now = now
             knocking += [Raw(clients, address) for _ in range(3)]
-            until(clients, lambda refused=refused, connected=connected: (clients.connected, clients.refused) == (connected, refused))
+            until(clients, partial(holds, clients, connected, refused))
         knocking[0].socket.close()
         until(clients, lambda: clients.connected == 3)
         knocking.append(Raw(clients, address))
