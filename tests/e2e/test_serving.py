@@ -1,0 +1,277 @@
+"""The server that a script starts in one line: it answers, it ends with the script however that ends, and it says why it cannot."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.io import read
+from ase.md.verlet import VelocityVerlet
+
+from tumbaga.driver import config as configs
+from tumbaga.driver import structures
+from tumbaga.driver.calculator import Tumbaga
+from tumbaga.driver.errors import ConfigError, DriverError, RunDirError
+from tumbaga.driver.serving import ServedCalculator, ServingError, serve
+from tumbaga.driver.testing import processes_in, until
+
+TEMPLATE = Path(structures.__file__).parent / "data" / "cuau-water.xyz"
+LJ = "toy:lj?epsilon=0.05&sigma=0.85"
+SAME = 1e-10  # relative: two changes of units
+
+
+@pytest.fixture
+def atoms() -> Atoms:
+    return read(TEMPLATE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the test works; in the end nothing runs there, and the test's sockets are gone."""
+    before = sockets()
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    until(lambda: nothing_left(tmp_path), 15.0, "all processes to be gone", lambda: "")
+    assert sockets() <= before
+
+
+def sockets() -> set[Path]:
+    return set(Path("/tmp").glob("ipi_tumbaga-*"))
+
+
+def nothing_left(folder: Path) -> bool:
+    return not list(processes_in(folder))
+
+
+# -- it answers ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_dynamics_through_a_server_are_those_in_the_process(folder: Path, atoms: Atoms) -> None:
+    """The same trajectory, uncertainty and version as with the in-process calculator; status and run directory are at hand."""
+    alone = atoms.copy()
+    with serve(atoms, learn=False, dtype="float64") as calc:
+        atoms.calc, alone.calc = calc, Tumbaga(run=calc.run_dir)
+        for moved in (atoms, alone):
+            moved.rattle(0.02, seed=1)
+            VelocityVerlet(moved, 0.5 * units.fs).run(5)
+            moved.get_potential_energy()
+        assert atoms.get_potential_energy() == pytest.approx(alone.get_potential_energy(), rel=SAME)
+        np.testing.assert_allclose(atoms.get_forces(), alone.get_forces(), atol=1e-8)
+        assert calc.results["force_std"] == pytest.approx(alone.calc.results["force_std"], rel=1e-8)
+        for same in ("force_std_atom", "version"):
+            assert calc.results[same] == alone.calc.results[same]
+        with pytest.raises(PropertyNotImplementedError, match="not periodic"):
+            atoms.get_stress()
+        until(lambda: calc.status()["force_calls"] == 6, 5.0, "the calls to be counted")
+        assert calc.run_dir.parent == folder / "runs"
+
+    assert calc.status()["state"] == "stopped"
+    assert nothing_left(folder)
+    with pytest.raises(ServingError, match="the server was stopped"):
+        calc.get_potential_energy(read(TEMPLATE).repeat(1) if atoms.rattle(0.1) is None else None)
+
+
+@pytest.mark.slow
+def test_a_crystal_has_a_stress_and_a_wide_cluster_is_not_folded(folder: Path, atoms: Atoms) -> None:
+    """What the server says is what the potential says, with a cell that repeats and with one that does not."""
+    solid = bulk("Cu", a=3.7, cubic=True) * (2, 2, 2)
+    solid.rattle(0.1, seed=1)
+    truth = Tumbaga(dtype="float64", template=solid)
+    with serve(solid, learn=False, dtype="float64", run_dir="solid") as calc:
+        np.testing.assert_allclose(calc.get_stress(solid), truth.get_stress(solid), atol=1e-9)
+    atoms.center(vacuum=0.5)
+    with serve(atoms, LJ, learn=False, run_dir="wide") as calc:
+        np.testing.assert_allclose(calc.get_forces(atoms), Tumbaga(LJ).get_forces(atoms), atol=1e-9)
+        assert np.isnan(calc.results["force_std"])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_its_directory(folder: Path, atoms: Atoms) -> None:
+    """What was set stays set; another potential, other atoms and a directory in use are refused, and change nothing."""
+    calc = serve(atoms, LJ, run_dir="run", labels=7, label="ase:ase.calculators.emt:EMT", learn=False, seed=5)
+    settings = configs.load(calc.run_dir)
+    with pytest.raises(RunDirError, match="is in use by process"):
+        serve(atoms, run_dir="run")
+    calc.close()
+    calc.close()
+    assert (settings.label.budget, settings.label.method, settings.seed) == (7, "ase:ase.calculators.emt:EMT", 5)
+
+    for wrong, said in (((atoms, "toy:zero"), "is of a run of toy:lj"), ((atoms[::-1],), "is of a run of other atoms")):
+        with pytest.raises(RunDirError, match=said):
+            serve(*wrong, run_dir="run")
+    with serve(atoms, run_dir="run", learn=False, labels=8) as again:
+        again.get_potential_energy(atoms)
+        with pytest.raises(ConfigError, match="have other species, or another order"):
+            again.get_potential_energy(atoms[::-1])
+    after = configs.load(again.run_dir)
+    assert (after.label.budget, after.label.method, after.potential.model) == (8, settings.label.method, LJ)
+
+
+# -- it ends ---------------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+    import os, signal, sys, threading
+    from ase.io import read
+    from ase.md.verlet import VelocityVerlet
+    from tumbaga.driver.serving import serve
+
+    def start():
+        return serve(atoms, {model!r}, learn=False, run_dir="run")
+
+    def move(steps):
+        atoms.calc = calc
+        VelocityVerlet(atoms, 0.05).run(steps)
+        print("moved", flush=True)
+
+    atoms = read({template!r})
+    print("begun", flush=True)
+"""
+ENDS = {
+    "end of the script": ("calc = start(); move(5)", 0),
+    "with-block": ("with start() as calc:\n    move(5)", 0),
+    "exception": ("with start() as calc:\n    move(5)\n    raise ValueError('mine')", 1),
+    "exception without with": ("calc = start(); move(5)\nraise ValueError('mine')", 1),
+    "nobody holds it": ("calc = start(); move(5)\natoms.calc = None; del calc\nos._exit(0)", 0),
+    "SIGKILL": ("calc = start(); move(5)\nos.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    "SIGTERM": ("calc = start(); move(5)\nos.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+}
+
+
+def script(folder: Path, body: str, model: str = LJ) -> subprocess.Popen[str]:
+    text = textwrap.dedent(SCRIPT).format(model=model, template=str(TEMPLATE)) + body
+    (folder / "script.py").write_text(text)
+    return subprocess.Popen(
+        [sys.executable, "-X", "dev", "script.py"], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
+def test_the_server_ends_with_the_script(end: str, folder: Path) -> None:
+    """However the script ends, its exit code is its own, and no process and no socket is left (the fixture looks)."""
+    body, code = ENDS[end]
+    out, err = (running := script(folder, body)).communicate(timeout=60)
+
+    assert running.returncode == code, err
+    assert "moved" in out
+    assert "ResourceWarning" not in err
+    if code == 0:
+        assert err == ""
+    elif code == 1:
+        assert err.strip().endswith("ValueError: mine")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["while it starts", "at work"])
+def test_ctrl_c_ends_both(when: str, folder: Path) -> None:
+    """KeyboardInterrupt in the script, an orderly stop of the server."""
+    running = script(folder, "with start() as calc:\n    move(5)\n    move(10**9)")
+    assert running.stdout is not None
+    awaited = "begun\n" if when == "while it starts" else "moved\n"
+    while running.stdout.readline() != awaited:
+        assert running.poll() is None
+    if when == "while it starts":
+        until(lambda: list(folder.glob("run/log/gateway.err")), 30.0, "the server to be half started")
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+
+    assert running.returncode == -signal.SIGINT
+    assert err.strip().endswith("KeyboardInterrupt")
+    assert "stopped" in (folder / "run" / "status.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_script_killed_while_its_server_starts_leaves_nothing(folder: Path) -> None:
+    """SIGKILL as soon as the socket is there: the fixture finds no process and no socket."""
+    running = script(folder, "calc = start()")
+    until(lambda: list(Path("/tmp").glob(f"ipi_tumbaga-{running.pid}-*")), 30.0, "the socket")
+    until(lambda: list(folder.glob("run/log/serve.out")), 30.0, "the server's process")
+    running.kill()
+    running.communicate(timeout=30)
+    until(lambda: not list(Path("/tmp").glob(f"ipi_tumbaga-{running.pid}-*")), 30.0, "the socket to be gone")
+
+
+@pytest.mark.slow
+def test_a_thread_may_start_it_and_end(folder: Path, atoms: Atoms) -> None:
+    """The server belongs to the script, not to the thread that asked for it."""
+    made: list[ServedCalculator] = []
+    starter = threading.Thread(target=lambda: made.append(serve(atoms, LJ, learn=False, run_dir="run")))
+    starter.start()
+    starter.join(60)
+    with made[0] as calc:
+        atoms.calc = calc
+        VelocityVerlet(atoms, 0.05).run(20)
+        assert calc._process.poll() is None
+
+
+# -- it says why -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_failed_start_tells_why(folder: Path, atoms: Atoms) -> None:
+    """A weights file that is none: one exception with the server's last words and the place of its log."""
+    Path("weights.safetensors").write_bytes(b"no weights at all" * 9)
+    with pytest.raises(ServingError) as told:
+        serve(atoms, "painn:weights.safetensors", learn=False, run_dir="run")
+    assert "the server did not start" in str(told.value)
+    assert "cannot be read as safetensors" in str(told.value)
+    assert str(folder / "run" / "log" / "serve.out") in str(told.value)
+
+
+@pytest.mark.slow
+def test_a_server_that_may_not_answer_tells_why(folder: Path, atoms: Atoms) -> None:
+    """A broken potential: the exception in the script is the sentence of the log, at every further call too."""
+    with serve(atoms, "toy:nan?after=10", learn=False, run_dir="run") as calc:
+        atoms.calc = calc
+        with pytest.raises(ServingError, match=r"a number that is not finite.*look at .*run/log"):
+            VelocityVerlet(atoms, 0.05).run(20)
+        with pytest.raises(ServingError, match=r"not finite"):
+            atoms.get_forces()
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_told(folder: Path, atoms: Atoms) -> None:
+    """kill -9 of the supervisor: the next call says that the server has ended, and how."""
+    with serve(atoms, LJ, learn=False, run_dir="run") as calc:
+        calc.get_forces(atoms)
+        calc._process.kill()
+        until(lambda: nothing_left(folder), 15.0, "the server to be gone")
+        atoms.rattle(0.01)
+        with pytest.raises(ServingError, match=r"it has ended with code -9; look at .*run/log"):
+            calc.get_forces(atoms)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"model": "magic"}, "there is no back end 'magic'"),
+        ({"model": "painn:none.safetensors"}, "there is no file 'none.safetensors'"),
+        ({"model": LJ, "label": "gaussian"}, "label method 'gaussian' is not known"),
+        ({"model": LJ, "labels": -1}, "label.budget: is -1"),
+        ({"model": LJ, "dtype": "float16"}, "choose float32 or float64"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_starts_nothing(arguments: dict[str, str], said: str, folder: Path, atoms: Atoms) -> None:
+    with pytest.raises(DriverError) as told:
+        serve(atoms, **arguments)
+    assert said in str(told.value)
+    assert list(folder.iterdir()) == []
+
+
+def test_partly_periodic_atoms_are_refused(folder: Path, atoms: Atoms) -> None:
+    atoms.set_cell([20.0, 20.0, 20.0])
+    atoms.pbc = (False, False, True)
+    with pytest.raises(ConfigError, match="atoms: is periodic in some directions only"):
+        serve(atoms)
+    assert list(folder.iterdir()) == []
