@@ -34,7 +34,7 @@ LOG = "serve.out"
 _LOOK_S = 0.1  # between two looks at a server that has not dialled yet
 _STOP_S = 60.0  # for an orderly stop; then the server is killed
 _REASON_S = 2.0  # a reason stands in the status at most so long after the connection ended
-_LAST_LINES = 6
+_LAST_LINES = 6  # of its output, where it has no complaint of its own to tell
 UNKNOWN = 1e6  # eV/Å: what extras say where the uncertainty is not known
 
 
@@ -174,7 +174,8 @@ class ServedCalculator(SocketIOCalculator):  # type: ignore[misc] # ASE has no t
         except OSError:
             said = ""
         lines = said.split("\nfiles\n")[0].strip().splitlines()  # what went wrong stands above the list of files
-        return "\n".join(lines[-_LAST_LINES:]) or "(it said nothing)"
+        complaints = [line.strip().removeprefix("! ") for line in lines if line.strip().startswith("! ")]
+        return "\n".join(complaints or lines[-_LAST_LINES:]) or "(it said nothing)"
 
 
 class _Door(SocketServer):  # type: ignore[misc] # ASE has no types
