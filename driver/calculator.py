@@ -21,7 +21,7 @@ from tumbaga.driver import config as configs
 from tumbaga.driver import spread, structures
 from tumbaga.driver.backends import registry
 from tumbaga.driver.errors import ConfigError, DriverError, PotentialError, RunDirError
-from tumbaga.driver.gateway import read_serving
+from tumbaga.driver.rollout import read_serving
 from tumbaga.driver.slot import BASE, Slot
 from tumbaga.online import guards, versions
 from tumbaga.online.ports import Potential
@@ -64,11 +64,12 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
     - `force_std`: largest force standard deviation of any atom, eV/Å, before calibration, as in the server's extras; NaN where it is not
       known (there the extras say 1000000);
     - `force_std_atom`: the index of that atom; -1 where no atom has a score;
-    - `force_stds`: the same estimate for every atom, shape (n_atoms,), eV/Å: its last-layer score times the scale of the frame's kind;
-      NaN where not known. See `exact_force_stds` for the standard deviation without that estimate;
+    - `force_stds`: standard deviation of each atom's force, norm over xyz, shape (n_atoms,), eV/Å; NaN where not known. Only when asked for,
+      with `calc.get_property("force_stds", atoms)`: it is exact for the posterior of the readout and costs some force calls, where
+      `force_std` is an estimate that costs nothing, the largest last-layer score times a scale; the two can differ by a factor;
     - `version`: "NUMBER-HASH" of the weights, as in the extras; "0-base" for a potential as it was loaded.
 
-    The scale is the learner's where a run has noted one, else it is measured once, on `template`, as the server does.
+    The scale of the estimate is the learner's where a run has noted one, else it is measured once, on `template`, as the server does.
 
     Args:
         model: "painn:cuau-water" (the default), "painn:FILE", "toy:lj"; not together with `run`.
@@ -132,30 +133,20 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
         (answer,) = self._slot.answer([frame], [(self._number, self._number, 1.0)])
         prediction = answer.prediction
         _refuse_unless_ok(guards.check_prediction(prediction))
-        scale = self._scale_of(frame)
-        std, atom = spread.largest(answer.lpr, scale)
+        std, atom = spread.largest(answer.lpr, self._scale_of(frame))
         self.results = {
             "energy": prediction.energy,
             "free_energy": prediction.energy,
             "forces": prediction.forces,
             "force_std": std,
             "force_std_atom": atom,
-            "force_stds": answer.lpr * (np.nan if scale is None else scale),
             "version": self.version,
         }
         if frame.periodic:
             volume = abs(np.linalg.det(frame.cell))
             self.results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
-
-    def exact_force_stds(self, atoms: Any) -> Any:
-        """Return the standard deviation of each atom's force, norm over xyz, shape (n_atoms,), float64, eV/Å; NaN where not known.
-
-        It follows from the posterior of the readout and the frame's force rows, which cost as much as tens of force calls.
-
-        Raises:
-            What `calculate` raises of the atoms.
-        """
-        return spread.exact_stds(self._slot, self._checked(_frame(atoms)), self._number)
+        if "force_stds" in properties:
+            self.results["force_stds"] = spread.exact_stds(self._slot, frame, self._number)
 
     def export_properties(self) -> Any:
         """What ASE knows of the results, in its own type, which has no place for an uncertainty."""

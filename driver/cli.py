@@ -101,7 +101,17 @@ def serve(
     ] = "/tmp/ipi_",
     connect: Annotated[
         list[str] | None,
-        typer.Option("--connect", metavar="ADDRESS", help="unix:NAME or tcp:HOST:PORT; can be repeated, one session each."),
+        typer.Option(
+            "--connect", metavar="ADDRESS[=FILE]", help="unix:NAME or tcp:HOST:PORT, with its own template if need be; can be repeated."
+        ),
+    ] = None,
+    connections: Annotated[
+        int | None,
+        typer.Option("--connections", metavar="N", min=1, help="Connections to each address: the beads of one i-PI then come together."),
+    ] = None,
+    committee: Annotated[
+        int | None,
+        typer.Option("--committee", metavar="K", min=0, help="Members of a committee in the extras, for i-PI's ffcommittee; 0 for none."),
     ] = None,
     run_dir: RunDirOption = None,
     no_learn: NoLearnOption = False,
@@ -116,24 +126,38 @@ def serve(
     Takes the address flags of i-pi-driver-py. Dials until the engine is there, and again after it ended; stop it with Ctrl-C or with
     `tumbaga stop RUN`. With a --run-dir that exists it goes on with the settings, labels and newest version found there.
 
+    Engines do not say which atoms they move: give a template, or let i-PI tell: `<parameters>{species: Cu3Au(H2O)2}</parameters>` in its
+    `<ffsocket>`. Batches (`batch_size`) and shared memory (`mode='shm'`) of i-PI are recognised by themselves.
+
     Examples:
 
         tumbaga serve -m painn:cuau-water -t init.xyz -u -a cuau
 
-        tumbaga serve -m toy:lj -t init.xyz --connect tcp:127.0.0.1:31415 --connect unix:second --no-learn
+        tumbaga serve -m painn:cuau-water -t beads.xyz -u -a pimd --connections 4
+
+        tumbaga serve -m toy:lj -t init.xyz --connect tcp:127.0.0.1:31415 --connect unix:second=other.xyz --no-learn
     """
     folder = (run_dir or _new_folder("serve")).absolute()
     settings = configs.load(folder) if (folder / configs.FILE).exists() else None
-    addresses = tuple(connect or ()) + _classic_address(unix, address, port)
+    given = [text.partition("=") for text in connect or ()]
+    addresses = tuple(text for text, _, _ in given) + _classic_address(unix, address, port)
     if settings is None:
         settings = configs.Config(seed=seed)
-        if model is None or template is None:
-            raise ConfigError("serve", "needs a potential (-m MODEL) and a template (-t FILE), or the --run-dir of an earlier run")
+        if model is None:
+            raise ConfigError("serve", "needs a potential (-m MODEL), or the --run-dir of an earlier run")
     potential = settings.potential
     if template is not None:
         potential = msgspec.structs.replace(potential, template=str(template.absolute()))
     potential = msgspec.structs.replace(potential, model=model or potential.model)
-    connected = settings.serve if not addresses else msgspec.structs.replace(settings.serve, connect=addresses, prefix=prefix)
+    connected = settings.serve
+    if addresses:
+        templates = {text: str(Path(file).absolute()) for text, _, file in given if file}
+        connected = msgspec.structs.replace(connected, connect=addresses, prefix=prefix, templates=templates)
+    connected = msgspec.structs.replace(
+        connected,
+        connections=connections or connected.connections,
+        committee=connected.committee if committee is None else committee,
+    )
     if not connected.connect:
         raise ConfigError("serve", "needs an address: -u -a NAME for a unix socket, -a HOST -p PORT for tcp, or --connect")
     settings = msgspec.structs.replace(settings, potential=potential, serve=connected)

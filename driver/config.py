@@ -22,13 +22,25 @@ class Serve(_Section, frozen=True):
     """Where engines find us.
 
     Attributes:
-        connect: addresses to dial, "unix:NAME" or "tcp:HOST:PORT", one session each.
+        connect: addresses to dial, "unix:NAME" or "tcp:HOST:PORT".
         prefix: what a unix NAME is prefixed with, as in i-PI.
+        templates: structure files of single addresses, where they differ from potential.template.
+        connections: sessions at each address, so that the beads of one i-PI come together.
+        window_ms: how long a frame waits for those of its siblings at the same address, at most.
+        committee: members of the committee in the extras, for i-PI's ffcommittee; 0 for none.
+        message_seconds: time to finish a message once it has begun.
+        unread_seconds: time in which a peer must have read something of an answer.
         max_refusals: how many times in a row a session may end because no finite answer could be given, before it is given up.
     """
 
     connect: tuple[str, ...] = ()
     prefix: str = "/tmp/ipi_"
+    templates: dict[str, str] = {}
+    connections: int = 1
+    window_ms: float = 2.0
+    committee: int = 0
+    message_seconds: float = 10.0
+    unread_seconds: float = 30.0
     max_refusals: int = 3
 
 
@@ -37,7 +49,7 @@ class Potential(_Section, frozen=True):
 
     Attributes:
         model: e.g. "painn:cuau-water", "toy:lj".
-        template: structure file with the species, in the order of the engine (any format of ASE).
+        template: structure file with the species, in the order of the engine (any format of ASE); empty if INIT tells them.
         device: "auto", "cpu", "cuda".
         dtype: "float32" or "float64".
     """
@@ -114,6 +126,13 @@ class Config(_Section, frozen=True):
         """
         _positive("flag.force_error", self.flag.force_error)
         _positive("label.time_limit", self.label.time_limit)
+        _positive("serve.message_seconds", self.serve.message_seconds)
+        _positive("serve.unread_seconds", self.serve.unread_seconds)
+        if self.serve.committee == 1:
+            raise ConfigError("serve.committee", "is 1; a committee has at least 2 members, 0 is for none")
+        strangers = sorted(set(self.serve.templates) - set(self.serve.connect))
+        if strangers:
+            raise ConfigError("serve.templates", f"names {strangers[0]}, which is not in serve.connect")
         for key, value, least in (
             ("flag.spacing", self.flag.spacing, 1),
             ("flag.audit_every", self.flag.audit_every, 1),
@@ -123,6 +142,9 @@ class Config(_Section, frozen=True):
             ("learn.ramp_steps", self.learn.ramp_steps, 1),
             ("learn.ramp_pause", self.learn.ramp_pause, 0),
             ("serve.max_refusals", self.serve.max_refusals, 1),
+            ("serve.connections", self.serve.connections, 1),
+            ("serve.window_ms", self.serve.window_ms, 0),
+            ("serve.committee", self.serve.committee, 0),
         ):
             if value < least:
                 raise ConfigError(key, f"is {value}; it must be at least {least}")

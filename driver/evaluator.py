@@ -41,7 +41,8 @@ class Evaluator:
 
     def announce(self) -> None:
         """Tell the gateway that we are here."""
-        self._endpoint.send(bus.EvaluatorReady(self._name, os.getpid(), self._seen, self._lpr_scale))
+        spec = self._slot.potential.spec
+        self._endpoint.send(bus.EvaluatorReady(self._name, os.getpid(), self._seen, self._lpr_scale, tuple(spec.elements), spec.name))
 
     def turn(self) -> bool:
         """Handle one message if one waits; return whether there was one."""
@@ -66,7 +67,7 @@ class Evaluator:
     def _evaluate(self, message: bus.Evaluate, buffers: list[bytes]) -> tuple[bus.Evaluated, list[Array]]:
         started = process.monotonic()
         try:
-            answers = self._slot.answer(_frames(message, buffers), message.mixes)
+            answers = self._slot.answer(_frames(message, buffers), message.mixes, message.members)
         except Exception as error:  # noqa: BLE001 - a process boundary: the gateway must get an answer, whatever a back end does
             return bus.Evaluated(message.batch, [], [], process.monotonic() - started, f"{type(error).__name__}: {error}"), []
         return _packed(message.batch, answers, process.monotonic() - started)
@@ -90,7 +91,16 @@ def _packed(batch: int, answers: list[Answer], seconds: float) -> tuple[bus.Eval
     forces = np.concatenate([answer.prediction.forces for answer in answers])
     virials = np.stack([answer.prediction.virial for answer in answers])
     lpr = np.concatenate([answer.lpr for answer in answers])
-    return bus.Evaluated(batch, energies, steps, seconds), [forces, virials, lpr]
+    return bus.Evaluated(batch, energies, steps, seconds), [forces, virials, lpr, *_committee(answers)]
+
+
+def _committee(answers: list[Answer]) -> list[Array]:
+    """The buffers of what the members say, none without a committee."""
+    members = [answer.members for answer in answers if answer.members is not None]
+    if not members:
+        return []
+    forces = np.concatenate([one.forces for one in members], axis=1)
+    return [np.stack([one.energies for one in members]), forces, np.stack([one.virials for one in members])]
 
 
 def warm_up(slot: Slot, template: Frame | None) -> float | None:
@@ -111,6 +121,8 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     name = sys.argv[2]
     settings = configs.load(run_dir).potential
     slot = Slot(registry.load(settings.model, settings.device, settings.dtype))
+    if members := configs.load(run_dir).serve.committee:
+        slot.need_committee(members)
     template = structures.read_frame(settings.template) if settings.template else None
     lpr_scale = warm_up(slot, template)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

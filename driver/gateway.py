@@ -6,6 +6,7 @@ One thread, one loop, no disk: nothing here waits for a label, a fit or a file. 
 from __future__ import annotations
 
 import json
+import selectors
 from collections import deque
 from pathlib import Path
 from random import Random
@@ -17,20 +18,24 @@ import zmq
 
 from tumbaga.driver import config as configs
 from tumbaga.driver import process
+from tumbaga.driver.answers import Certainty, certainty, extras
 from tumbaga.driver.pool import Job, Outcome, Pool
-from tumbaga.driver.session import Asked, Ended, Session
+from tumbaga.driver.rollout import Rollout, read_serving
+from tumbaga.driver.session import Asked, Ended, More, Patience, Result, Session
+from tumbaga.driver.species import Species
 from tumbaga.driver.stats import CallTimes
-from tumbaga.online import flagging, guards, versions
-from tumbaga.online.ramp import Mix, RampState, swap_work, weight_step
-from tumbaga.online.records import Array, Reason
+from tumbaga.online import flagging, guards
+from tumbaga.online.ramp import Mix, swap_work, weight_step
+from tumbaga.online.records import Array, Prediction, Reason
 from tumbaga.socket_protocol import bus
 from tumbaga.socket_protocol.errors import NotYetError, ProtocolError, TransportError
 from tumbaga.socket_protocol.streams import Address, Backoff, Dialling, Stream, dial
 
 _REPORT_S = 0.5
 _MAX_UNSENT = 256  # candidates kept while the learner is away
-_UNKNOWN_STD = 1e6  # eV/Å: said where an uncertainty is not finite, since JSON and engines know no infinity
-TEMPLATE = "template.json"  # what the gateway needs of the template: it cannot read structure files without slow imports
+TEMPLATE = "template.json"  # what the gateway needs of the templates: it cannot read structure files without slow imports
+
+Templates = dict[str, Species]
 
 
 class Gateway:
@@ -38,8 +43,7 @@ class Gateway:
 
     Args:
         settings: of the run.
-        numbers: the template's atomic numbers, shape (n_atoms,).
-        periodic: whether the template is periodic.
+        templates: species by address as in `serve.connect`; that of "" holds where there is no other.
         context: zmq.
         reporter: to the supervisor.
         serving: the version to start with and its path; version 0 needs none.
@@ -48,8 +52,7 @@ class Gateway:
     def __init__(
         self,
         settings: configs.Config,
-        numbers: list[int],
-        periodic: bool,
+        templates: Templates,
         context: zmq.Context[zmq.Socket[bytes]],
         reporter: process.Reporter,
         serving: bus.Serve,
@@ -57,134 +60,189 @@ class Gateway:
         self._settings, self._reporter = settings, reporter
         self._evaluators = bus.Endpoint(context, zmq.ROUTER, bus.EVALUATORS, bind=True)
         self._learner = bus.Endpoint(context, zmq.ROUTER, bus.LEARNER, bind=True)
-        self._pool = Pool(self._evaluators, process.monotonic)
+        serve = settings.serve
+        self._pool = Pool(self._evaluators, process.monotonic, serve.committee, serve.window_ms / 1000.0)
+        self._rollout = Rollout(settings.learn, self._pool, serving, self._tell_learner)
         self._random = Random(settings.seed)
         self._flag = flagging.Settings(settings.flag.force_error, settings.flag.audit_every, settings.flag.spacing)
-        ramp = self._fresh_ramp(serving.version)
-        species = np.asarray(numbers, dtype=np.int64)
-        self.sessions = {
-            str(address): Session(address, species, periodic, Backoff(Random(settings.seed + i)), ramp)
-            for i, address in enumerate(Address.parse(text, settings.serve.prefix) for text in settings.serve.connect)
-        }
+        self.sessions = {session.name: session for session in self._made(templates)}
+        self._rollout.sessions = self.sessions.values()
+        self._selector = selectors.DefaultSelector()
+        self._watched: dict[str, tuple[int, int]] = {}  # session → descriptor and what is waited for
+        self._restless: set[str] = set()  # sessions that have more to say than fitted into their turn
+        self._outcomes: dict[str, list[Outcome | None]] = {}  # of the request under way
         self._mixes: dict[str, Mix] = {}
-        self._target = serving  # what the learner wants served
-        self._serving = serving.version  # what sessions move to
-        if serving.path:
-            self._pool.require(serving.version, serving.path, {0, serving.version})
-        self._scales: dict[int, tuple[float, float]] = {}
-        self._base_scale: float | None = None
-        if serving.lpr_scale is not None:
-            self._scales[serving.version] = (serving.lpr_scale, serving.quantile)
-        self._hashes = {0: "base", serving.version: _hash_of(serving)}
         self._unsent: deque[tuple[bus.Candidate, list[Array]]] = deque(maxlen=_MAX_UNSENT)
         self.times = CallTimes()
-        self._counts = {"flags": 0, "swaps": 0, "refused": 0, "conversations": 0, "steps": 0}
+        self._counts = {"flags": 0, "refused": 0, "conversations": 0, "steps": 0, "frames": 0}
         self._score_max = self._score_last = 0.0
         self._errors: deque[str] = deque(maxlen=20)
-        self._next_report = 0.0
+        self._next_report = self._next_chore = 0.0
+
+    def _made(self, templates: Templates) -> list[Session]:
+        serve = self._settings.serve
+        patience = Patience(serve.message_seconds, serve.unread_seconds)
+        made: list[Session] = []
+        for text in serve.connect:
+            address, template = Address.parse(text, serve.prefix), templates.get(text, templates.get(""))
+            for number in range(1, serve.connections + 1):
+                backoff = Backoff(Random(self._settings.seed + len(made)))
+                made.append(Session(address, template, backoff, self._rollout.fresh_ramp(), number, patience))
+        return made
 
     # -- the loop --------------------------------------------------------------------------------------------------------------------
 
     def run(self, lifeline: process.Lifeline) -> None:
         """Serve until told to leave; then hang up on every engine."""
-        poller = zmq.Poller()
-        for fixed in (self._evaluators.socket, self._learner.socket, lifeline.fileno()):
-            poller.register(fixed, zmq.POLLIN)
+        for fixed in (self._evaluators.socket.getsockopt(zmq.FD), self._learner.socket.getsockopt(zmq.FD), lifeline.fileno()):
+            assert isinstance(fixed, int)
+            self._selector.register(fixed, selectors.EVENT_READ, "")
+        held: float | None = None
         while not lifeline.cut_off:
-            watched = self._watch(poller)
-            events = dict(poller.poll(self._patience_ms()))
-            for descriptor in watched:
-                poller.unregister(descriptor)
-            for descriptor, session in watched.items():
-                if descriptor in events:
+            events = self._selector.select(self._patience(held))
+            for key, _ in events:
+                if key.data and (session := self.sessions[key.data]).name not in self._restless:
                     self._engine_event(session)
+            for name in tuple(self._restless):
+                self._engine_event(self.sessions[name])
             self._bus_events()
-            self._dial_due()
-            self._pool.dispatch()
-            self._send_candidates()
-            self._report()
+            held = self._pool.dispatch()
+            if process.monotonic() >= self._next_chore:
+                self._chores()
         for session in self.sessions.values():
             session.hang_up()
         self._report(now=True)
+        self._selector.close()
 
-    def _watch(self, poller: zmq.Poller) -> dict[int, Session]:
-        watched = {}
-        for session in self.sessions.values():
-            interest = session.interest()
-            if interest:
-                descriptor = session.fileno()
-                poller.register(descriptor, interest)
-                watched[descriptor] = session
-        return watched
+    def _patience(self, held: float | None) -> float:
+        # the descriptors of zmq tell of changes only: what came while we were at work is seen by asking
+        if self._restless or self._evaluators.waiting or self._learner.waiting:
+            return 0.0
+        patience = max(0.0, self._next_chore - process.monotonic())
+        return patience if held is None else min(patience, held)
 
-    def _patience_ms(self) -> int:
+    def _chores(self) -> None:
+        """What is due at certain times: calls, limits, reports."""
         now = process.monotonic()
-        due = []
-        if self._pool.ready_to_serve:
-            due = [s.dial_at for s in self.sessions.values() if s.stream is None and s.dialling is None and not s.given_up]
-        return max(1, int(1000 * (min([self._next_report, *due]) - now)))
+        self._next_chore = now + _REPORT_S
+        for session in self.sessions.values():
+            if late := session.overdue(now):
+                self._end(session, late)
+            if self._pool.ready_to_serve:  # a connection that cannot be answered at once makes an engine wait, and other drivers with it
+                self._dial_if_due(session, now)
+        self._send_candidates()
+        self._report()
+
+    def _watch(self, session: Session) -> None:
+        """Have the selector wait for what the session waits for now."""
+        interest = session.interest()
+        wanted = (session.fileno(), interest) if interest else None
+        had = self._watched.get(session.name)
+        if wanted == had:
+            return
+        if had is not None and (wanted is None or wanted[0] != had[0]):
+            self._selector.unregister(had[0])
+            del self._watched[session.name]
+            had = None
+        if wanted is not None:
+            (self._selector.register if had is None else self._selector.modify)(*wanted, session.name)
+            self._watched[session.name] = wanted
+
+    def _unwatch(self, session: Session) -> None:
+        """The session's descriptor is about to be closed."""
+        if (had := self._watched.pop(session.name, None)) is not None:
+            self._selector.unregister(had[0])
 
     # -- engines ---------------------------------------------------------------------------------------------------------------------
 
-    def _dial_due(self) -> None:
-        if not self._pool.ready_to_serve:
-            return  # a connection that cannot be answered at once makes an engine wait, and other drivers with it
-        now = process.monotonic()
-        for session in self.sessions.values():
-            if session.stream is None and session.dialling is None and not session.given_up and now >= session.dial_at:
-                self._dial(session, now)
-
-    def _dial(self, session: Session, now: float) -> None:
-        try:
-            made = dial(session.address)
-        except NotYetError:
-            session.dial_at = now + session.backoff.next_delay()
-        except TransportError as error:
-            self._give_up(session, str(error))
-        else:
-            self._connected(session, made)
+    def _dial_if_due(self, session: Session, now: float) -> None:
+        if session.stream is not None or session.dialling is not None or session.given_up:
+            return
+        if now >= session.dial_at:
+            try:
+                self._connected(session, dial(session.address))
+            except NotYetError:
+                session.dial_at = now + session.backoff.next_delay()
+            except TransportError as error:
+                self._give_up(session, str(error))
+                return
+        self._next_chore = min(self._next_chore, session.dial_at if session.stream is None else self._next_chore)
 
     def _connected(self, session: Session, made: Stream | Dialling) -> None:
+        self._unwatch(session)
         if isinstance(made, Dialling):
             session.dialling = made
-            return
-        session.connected(made)
-        self._counts["conversations"] += 1
-        self._reporter.log("info", "connected", session=session.name)
+        else:
+            session.connected(made)
+            self._counts["conversations"] += 1
+            if not session.faults:
+                self._reporter.log("info", "connected", session=session.name)
+        self._watch(session)
 
     def _engine_event(self, session: Session) -> None:
         if session.dialling is not None:
-            try:
-                self._connected(session, session.dialling.finish())
-            except NotYetError:
-                session.dialling = None
-                session.dial_at = process.monotonic() + session.backoff.next_delay()
-            except TransportError as error:
-                self._give_up(session, str(error))
+            self._finish_dialling(session, session.dialling)
             return
         session.receive()
-        self._follow(session, session.turn())
+        self._follow(session, session.turn(process.monotonic()))
 
-    def _follow(self, session: Session, result: Asked | Ended | None) -> None:
+    def _finish_dialling(self, session: Session, dialling: Dialling) -> None:
+        self._unwatch(session)
+        try:
+            self._connected(session, dialling.finish())
+        except NotYetError:
+            session.dialling = None
+            session.dial_at = process.monotonic() + session.backoff.next_delay()
+            self._next_chore = min(self._next_chore, session.dial_at)
+        except TransportError as error:
+            self._give_up(session, str(error))
+
+    def _follow(self, session: Session, result: Result) -> None:
         """Act on what a session's turn gave."""
         if isinstance(result, Asked):
-            session.asked_at = process.monotonic()
-            finding = guards.check_frame(result.frame)
+            self._restless.discard(session.name)
+            self._asked(session, result)
+        elif isinstance(result, Ended):
+            self._end(session, result.fault)
+        elif isinstance(result, More):
+            self._restless.add(session.name)
+        else:
+            self._restless.discard(session.name)
+        self._watch(session)
+
+    def _asked(self, session: Session, asked: Asked) -> None:
+        session.asked_at = process.monotonic()
+        for frame in asked.frames:
+            finding = guards.check_frame(frame)
             if finding.verdict is guards.Verdict.DEAD:
                 self._refuse(session, f"the engine sent a frame that cannot be evaluated: {finding.sentence}")
                 return
-            session.ramp, mix = session.ramp.advance()
-            self._pool.add(Job(session.name, session.ticket, result.frame, mix))
-        elif isinstance(result, Ended):
-            self._end(session, result.fault)
+        if not session.forces:
+            told = {"dialect": session.dialect, "atoms": len(asked.frames[0]), "periodic": asked.frames[0].periodic}
+            self._reporter.log("info", "first frame", session=session.name, **told)
+        session.ramp, mix = session.ramp.advance()
+        self._outcomes[session.name] = [None] * len(asked.frames)
+        group = session.group if self._settings.serve.connections > 1 else ""
+        for index, frame in enumerate(asked.frames):
+            self._pool.add(Job(session.name, session.ticket, frame, mix, index=index, group=group))
 
     def _end(self, session: Session, fault: str) -> None:
+        self._unwatch(session)
+        self._restless.discard(session.name)
+        forces = session.forces
         session.hang_up()
         self._pool.forget(session.name)
         session.dial_at = process.monotonic() + session.backoff.next_delay()
+        self._next_chore = min(self._next_chore, session.dial_at)
+        session.faults = session.faults + 1 if fault and fault == session.last_fault else int(bool(fault))
+        session.last_fault = fault
+        # an engine that does the same wrong thing for weeks must not fill the log: told at 1, 2, 4, 8 … times
+        if session.faults & (session.faults - 1):
+            return
         if fault:
-            self._error(f"{session.name}: {fault}")
-        self._reporter.log("error" if fault else "info", "session ended", session=session.name, forces=session.forces, fault=fault)
+            self._error(f"{session.name}: {fault}{f' ({session.faults} times in a row)' if session.faults > 1 else ''}")
+        told = {"forces": forces, "fault": fault, "times": session.faults}
+        self._reporter.log("error" if fault else "info", "session ended", session=session.name, **told)
 
     def _refuse(self, session: Session, why: str) -> None:
         """Fail closed: no number leaves; the connection ends with a sentence. After so many in a row the session is given up."""
@@ -195,6 +253,7 @@ class Gateway:
             self._give_up(session, f"{session.refusals} conversations in a row had to be ended ({why})")
 
     def _give_up(self, session: Session, why: str) -> None:
+        self._unwatch(session)
         session.hang_up()
         session.given_up = why
         self._error(f"{session.name}: given up: {why}")
@@ -207,27 +266,33 @@ class Gateway:
 
     def _bus_events(self) -> None:
         for endpoint, handle in ((self._evaluators, self._evaluator_message), (self._learner, self._learner_message)):
-            while True:
+            while endpoint.waiting:
                 try:
                     received = endpoint.receive()
                 except msgspec.DecodeError as error:
                     self._error(f"a message on the bus could not be read: {error}")
                     continue
-                if received is None:
-                    break
-                handle(*received)
+                if received is not None:
+                    handle(*received)
 
     def _evaluator_message(self, sender: str, message: bus.AnyMessage, buffers: list[bytes]) -> None:
         if isinstance(message, bus.Evaluated):
             for outcome in self._pool.done(sender, message, buffers):
                 self._outcome(outcome)
         elif isinstance(message, bus.EvaluatorReady):
-            self._base_scale = message.lpr_scale
+            if not self._pool.ready_to_serve:
+                self._next_chore = 0.0  # engines may be dialled now
+            self._rollout.base_scale = message.lpr_scale
+            for session in self.sessions.values():
+                session.elements, session.potential = message.elements, message.potential
             for outcome in self._pool.ready(sender, message):
                 self._outcome(outcome)
         elif isinstance(message, bus.Loaded):
             self._pool.loaded(sender, message)
-            self._version_loaded(message)
+            if message.error:
+                self._error(f"version {message.version} was refused: {message.error}")
+            if self._rollout.loaded(message):
+                self._reporter.log("info", "swap", version=message.version)
 
     def _outcome(self, outcome: Outcome) -> None:
         job = outcome.job
@@ -240,8 +305,12 @@ class Gateway:
             problem = finding.sentence if finding.verdict is not guards.Verdict.OK else ""
         if problem:
             self._second_try(session, job, problem)
-        else:
-            self._serve(session, outcome)
+            return
+        outcomes = self._outcomes[session.name]
+        outcomes[job.index] = outcome
+        whole = [one for one in outcomes if one is not None]
+        if len(whole) == len(outcomes):
+            self._serve(session, whole)
 
     def _second_try(self, session: Session, job: Job, problem: str) -> None:
         """The last good version may do better; if that was it, refuse."""
@@ -253,116 +322,64 @@ class Gateway:
         fallback = Mix(good, good, 1.0)
         self._reporter.log("warning", "evaluated again", session=session.name, problem=problem, version=fallback.new)
         self._error(f"{session.name}: {problem}; evaluated again with version {fallback.new}")
-        self._pool.add(Job(job.session, job.ticket, job.frame, fallback, job.crashes, second=True))
+        self._pool.add(Job(job.session, job.ticket, job.frame, fallback, job.crashes, second=True, index=job.index, group=job.group))
 
-    def _serve(self, session: Session, outcome: Outcome) -> None:
-        job, prediction = outcome.job, outcome.prediction
-        assert prediction is not None
-        mix = Mix(*job.mix)
-        work = swap_work(weight_step(self._mixes.get(session.name, mix), mix), outcome.step, 0.0)
-        session.swap_work += work
+    def _serve(self, session: Session, outcomes: list[Outcome]) -> None:
+        """Answer one request: a frame, or all frames of a batch."""
+        mix = Mix(*outcomes[0].job.mix)
+        weight = weight_step(self._mixes.get(session.name, mix), mix)
+        session.swap_work += sum(swap_work(weight, outcome.step, 0.0) for outcome in outcomes)
         self._mixes[session.name] = mix
-        std, atom, score, lpr = self._uncertainty(mix.new, outcome.lpr)
-        extras = _extras(self._version_name(mix.new), mix, std, atom, session.swap_work)
+        certainties = [certainty(outcome.lpr, *self._rollout.scale(outcome.job.mix[1])) for outcome in outcomes]
+        answers = [(_prediction(o), self._extras(o, sure, session.swap_work)) for o, sure in zip(outcomes, certainties, strict=True)]
         steps = session.forces
         try:
-            after = session.answer(prediction, extras)
-        except ProtocolError as error:  # our own bug: this session ends, the others go on
+            after = session.answer(answers, process.monotonic())
+        except ProtocolError as error:  # our own bug, or memory that an engine took away: this session ends, the others go on
             self._refuse(session, str(error))
             return
         self.times.add(process.monotonic() - session.asked_at)
         self._counts["steps"] += steps > 0
+        self._counts["frames"] += len(outcomes)
         # the answer is out; everything below may take its time
-        self._score_last = session.last_score = score if score is not None else 0.0
+        worst = max(range(len(outcomes)), key=lambda index: certainties[index].score or 0.0)
+        self._score_last = session.last_score = certainties[worst].score or 0.0
         self._score_max = max(self._score_max, self._score_last)
-        self._consider(session, steps, score, lpr, outcome)
+        self._consider(session, steps, certainties[worst], outcomes[worst])
         self._follow(session, after)
 
-    def _uncertainty(self, version: int, lpr: Array) -> tuple[float, int, float | None, float]:
-        """Return largest force std (eV/Å), its atom, the calibrated score (eV/Å, None if unknown), and the largest raw score."""
-        largest = float(lpr.max()) if lpr.size else float("nan")
-        if not np.isfinite(largest):
-            return _UNKNOWN_STD, -1, None, largest
-        atom = int(lpr.argmax())
-        scale, quantile = self._scales.get(version, (self._base_scale, 2.0))
-        if scale is None:
-            return _UNKNOWN_STD, atom, None, largest
-        return scale * largest, atom, quantile * scale * largest, largest
-
-    def _version_name(self, version: int) -> str:
-        return f"{version}-{self._hashes.get(version, '')}"
+    def _extras(self, outcome: Outcome, sure: Certainty, work: float) -> bytes:
+        mix = Mix(*outcome.job.mix)
+        committee = None if outcome.members is None else (outcome.members, _prediction(outcome))
+        return extras(self._rollout.name(mix.new), mix, sure.std, sure.atom, work, committee)
 
     # -- learning --------------------------------------------------------------------------------------------------------------------
 
-    def _consider(self, session: Session, step: int, score: float | None, lpr: float, outcome: Outcome) -> None:
+    def _consider(self, session: Session, step: int, sure: Certainty, outcome: Outcome) -> None:
         if not self._settings.learn.enabled:
             return
-        session.flagger, reason = flagging.step(session.flagger, step, score, self._flag, self._random.random())
-        if reason is None:
-            return
-        self._flagged(session, step, reason, score, lpr, outcome)
+        session.flagger, reason = flagging.step(session.flagger, step, sure.score, self._flag, self._random.random())
+        if reason is not None:
+            self._flagged(session, step, reason, sure, outcome)
 
-    def _flagged(self, session: Session, step: int, reason: Reason, score: float | None, lpr: float, outcome: Outcome) -> None:
-        frame, prediction = outcome.job.frame, outcome.prediction
-        assert prediction is not None
+    def _flagged(self, session: Session, step: int, reason: Reason, sure: Certainty, outcome: Outcome) -> None:
+        frame, prediction = outcome.job.frame, _prediction(outcome)
         self._counts["flags"] += 1
-        message = bus.Candidate(session.name, step, reason.value, score or 0.0, lpr, outcome.job.mix[1], frame.periodic, prediction.energy)
+        version = outcome.job.mix[1]
+        message = bus.Candidate(session.name, step, reason.value, sure.score or 0.0, sure.lpr, version, frame.periodic, prediction.energy)
         self._unsent.append((message, [frame.numbers, frame.positions, frame.cell, prediction.forces]))  # type: ignore[list-item]
+        self._send_candidates()
 
     def _send_candidates(self) -> None:
         while self._unsent and self._learner.send(*self._unsent[0], to=bus.LEARNER):
             self._unsent.popleft()
 
+    def _tell_learner(self, message: bus.NowServing) -> None:
+        self._learner.send(message, to=bus.LEARNER)
+
     def _learner_message(self, sender: str, message: bus.AnyMessage, buffers: list[bytes]) -> None:
-        if not isinstance(message, bus.Serve):
-            return
-        if message.lpr_scale is not None:
-            self._scales[message.version] = (message.lpr_scale, message.quantile)
-        if message.version != self._target.version:
-            self._target = message
-            self._hashes[message.version] = _hash_of(message)
-            if message.version and not self._pool.holds(message.version):
-                self._pool.require(message.version, message.path, self._in_use() | {message.version})
-            else:
-                self._publish(message.version)
-
-    def _version_loaded(self, message: bus.Loaded) -> None:
-        if message.error:
-            self._error(f"version {message.version} was refused: {message.error}")
-            self._withdraw(message.version)
-            self._learner.send(bus.NowServing(message.version, message.error), to=bus.LEARNER)
-        elif message.version == self._target.version and message.version != self._serving and self._pool.holds(message.version):
-            self._publish(message.version)
-
-    def _withdraw(self, version: int) -> None:
-        """A version cannot be served (any more, if an evaluator was restarted): sessions that use it go back to what they came from."""
-        for session in self.sessions.values():
-            ramp = session.ramp
-            if version in (ramp.serving, ramp.waiting) or (ramp.ramp and version in (ramp.ramp.from_version, ramp.ramp.to_version)):
-                session.ramp = self._fresh_ramp(0 if ramp.serving == version else ramp.serving)
-        if self._serving == version:
-            self._serving = max((session.ramp.serving for session in self.sessions.values()), default=0)
-
-    def _fresh_ramp(self, version: int) -> RampState:
-        learn = self._settings.learn
-        return RampState(version, idle=learn.ramp_pause, n=learn.ramp_steps, rest=learn.ramp_pause)
-
-    def _publish(self, version: int) -> None:
-        """Every evaluator holds it: sessions begin to move to it, each over its own ramp."""
-        self._serving = version
-        self._counts["swaps"] += 1
-        for session in self.sessions.values():
-            # a session without an engine has nothing to be smooth for
-            session.ramp = session.ramp.publish(version) if session.stream is not None else self._fresh_ramp(version)
-        self._learner.send(bus.NowServing(version), to=bus.LEARNER)
-        self._reporter.log("info", "swap", version=version)
-
-    def _in_use(self) -> set[int]:
-        used = {0, self._target.version}
-        for session in self.sessions.values():
-            ramp = session.ramp
-            used |= {ramp.serving, ramp.waiting or 0} | ({ramp.ramp.from_version, ramp.ramp.to_version} if ramp.ramp else set())
-        return used
+        if isinstance(message, bus.Serve) and self._rollout.wanted(message):
+            self._reporter.log("info", "swap", version=message.version)
 
     # -- report ----------------------------------------------------------------------------------------------------------------------
 
@@ -372,71 +389,53 @@ class Gateway:
         self._next_report = process.monotonic() + _REPORT_S
         self._reporter.state(
             **self._counts,
+            swaps=self._rollout.swaps,
             ready=self._pool.ready_to_serve,
             force_calls=self.times.count,
             call_ms=self.times.summary(),
             uncertainty={"last": self._score_last, "max": self._score_max},
-            serving_version=self._serving,
+            serving_version=self._rollout.serving,
             evaluator_restarts=self._pool.restarts,
             busy={str(pid): seconds for pid, seconds in self._pool.busy_since().items()},
             batches=self._pool.batches_done,
             errors=list(self._errors),
             candidates_waiting=len(self._unsent),
-            sessions=[self._session_state(session) for session in self.sessions.values()],
+            sessions=[_session_state(session) for session in self.sessions.values()],
         )
 
-    def _session_state(self, session: Session) -> dict[str, Any]:
-        return {
-            "name": session.name,
-            "state": session.state,
-            "forces": session.forces,
-            "version": session.ramp.serving,
-            "ramping_to": session.ramp.ramp.to_version if session.ramp.ramp else None,
-            "swap_work": session.swap_work,
-            "uncertainty": session.last_score,
-        }
+
+def _prediction(outcome: Outcome) -> Prediction:
+    assert outcome.prediction is not None
+    return outcome.prediction
 
 
-def _hash_of(serve: bus.Serve) -> str:
-    """The hash in a version file's name."""
-    return Path(serve.path).stem.rpartition("-")[2] or "base"
-
-
-def _extras(version: str, mix: Mix, std: float, atom: int, work: float) -> bytes:
-    """The extras of one answer: the same keys in every answer, since an engine may ask for them by name."""
-    weight = 1.0 if mix.old == mix.new else mix.weight
-    told = {
-        "tumbaga": {
-            "version": version,
-            "force_std": std,
-            "force_std_atom": atom,
-            "policy": "continue",
-            "ramp": weight,
-            "swap_work": work,
-        },
-        "tumbaga_force_std": std,
-        "tumbaga_version": mix.new,
-        "tumbaga_swap_work": work,
+def _session_state(session: Session) -> dict[str, Any]:
+    return {
+        "name": session.name,
+        "state": session.state,
+        "forces": session.forces,
+        "dialect": session.dialect,
+        "version": session.ramp.serving,
+        "ramping_to": session.ramp.ramp.to_version if session.ramp.ramp else None,
+        "swap_work": session.swap_work,
+        "uncertainty": session.last_score,
     }
-    return msgspec.json.encode(told)
 
 
-def read_serving(run_dir: Path) -> bus.Serve:
-    """What served last in this run directory; version 0 where nothing did."""
-    try:
-        told = json.loads((run_dir / versions.FOLDER / versions.SERVING).read_text())
-        return bus.Serve(int(told["version"]), str(told["path"]), told.get("lpr_scale"), float(told.get("quantile", 2.0)))
-    except (OSError, ValueError, KeyError):
-        return bus.Serve(0, "", None, 2.0)
+def read_templates(run_dir: Path) -> Templates:
+    """The species that the supervisor has read from structure files, by address."""
+    told: dict[str, Any] = json.loads((run_dir / TEMPLATE).read_text())
+    return {
+        address: Species(np.asarray(one["numbers"], dtype=np.int64), bool(one["periodic"]), one["source"]) for address, one in told.items()
+    }
 
 
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Read the run's settings, then serve."""
     settings = configs.load(run_dir)
-    template = json.loads((run_dir / TEMPLATE).read_text())
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, "gateway")
-    gateway = Gateway(settings, template["numbers"], template["periodic"], context, reporter, read_serving(run_dir))
+    gateway = Gateway(settings, read_templates(run_dir), context, reporter, read_serving(run_dir))
     reporter.log("info", "started", addresses=list(gateway.sessions))
     gateway.run(lifeline)
     reporter.close()

@@ -19,7 +19,7 @@ from tumbaga.driver import config as configs
 from tumbaga.driver import process
 from tumbaga.driver.backends import registry
 from tumbaga.driver.errors import PotentialError
-from tumbaga.driver.gateway import read_serving
+from tumbaga.driver.rollout import read_serving
 from tumbaga.online import selection, spool, versions
 from tumbaga.online.errors import VersionError
 from tumbaga.online.labels.factory import make_labeller

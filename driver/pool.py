@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from tumbaga.online.records import Array, Frame, Prediction
+from tumbaga.driver.window import Window
+from tumbaga.online.records import Array, Frame, Members, Prediction
 from tumbaga.socket_protocol import bus
 
 Mix = tuple[int, int, float]
@@ -30,6 +31,8 @@ class Job:
         crashes: evaluators that died with it.
         second: whether it is tried again, with another version, because the first answer was not fit to serve.
         alone: whether it is under suspicion, because a batch with it went wrong: then it goes in a batch of its own.
+        index: of the frame in its request.
+        group: of sessions whose frames come together, such as the beads of one engine; empty for a session without siblings.
     """
 
     session: str
@@ -39,6 +42,8 @@ class Job:
     crashes: int = 0
     second: bool = False
     alone: bool = False
+    index: int = 0
+    group: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +55,7 @@ class Outcome:
     step: float = 0.0
     lpr: Array = field(default_factory=lambda: np.zeros(0))
     error: str = ""
+    members: Members | None = None
 
 
 class Channel(Protocol):
@@ -74,10 +80,13 @@ class Pool:
     Args:
         channel: ROUTER to the evaluators.
         clock: seconds, monotonic.
+        members: of the committee that is evaluated beside each frame; 0 for none.
+        window: seconds that a frame may wait for those of its siblings.
     """
 
-    def __init__(self, channel: Channel, clock: Callable[[], float]) -> None:
-        self._channel, self._clock = channel, clock
+    def __init__(self, channel: Channel, clock: Callable[[], float], members: int = 0, window: float = 0.0) -> None:
+        self._channel, self._clock, self._members = channel, clock, members
+        self._window = Window(window, clock)
         self._evaluators: dict[str, _Evaluator] = {}
         self._waiting: list[Job] = []
         self._batches = 0
@@ -142,34 +151,50 @@ class Pool:
             job.crashes += 1
             job.alone = True  # one of them may be the cause: the others must not be there when it happens again
         self._waiting[:0] = [job for job in lost if job.crashes < MAX_CRASHES]
+        for job in lost:
+            if job.crashes >= MAX_CRASHES:
+                self._window.finished(job.group)
         sentence = f"the evaluator died {MAX_CRASHES} times on this frame"
         return [Outcome(job, None, error=sentence) for job in lost if job.crashes >= MAX_CRASHES]
 
     def add(self, job: Job) -> None:
         """Take one frame; `dispatch` sends it off."""
+        self._window.arrived(job.group)
         self._waiting.append(job)
 
     def forget(self, session: str) -> None:
         """A session is gone: nothing of it needs to be computed any more."""
+        for job in self._waiting:
+            if job.session == session:
+                self._window.finished(job.group, waiting=True)
         self._waiting = [job for job in self._waiting if job.session != session]
 
-    def dispatch(self) -> None:
-        """Give everything that waits, as one ragged batch, to a free evaluator, if there is one; frames under suspicion go one by one."""
+    def dispatch(self) -> float | None:
+        """Give everything that waits, as one ragged batch, to a free evaluator, if there is one; frames under suspicion go one by one.
+
+        Returns:
+            Seconds after which to call again because frames wait for their siblings, or None.
+        """
         for name, evaluator in self._evaluators.items():
             if not self._waiting:
-                return
+                return None
             if evaluator.jobs:
                 continue
             first_alone = self._waiting[0].alone
-            jobs = self._waiting[:1] if first_alone else [job for job in self._waiting if not job.alone]
-            if self._send(name, evaluator, jobs):
-                self._waiting = self._waiting[1:] if first_alone else [job for job in self._waiting if job.alone]
+            jobs = self._waiting[:1] if first_alone else [job for job in self._waiting if not job.alone and self._window.open(job.group)]
+            if jobs and self._send(name, evaluator, jobs):
+                for group in {job.group for job in jobs}:
+                    self._window.left(group)
+                sent = {id(job) for job in jobs}
+                self._waiting = [job for job in self._waiting if id(job) not in sent]
+        return self._window.remaining() if self._waiting else None
 
     def _send(self, name: str, evaluator: _Evaluator, jobs: list[Job]) -> bool:
         self._batches += 1
         # a version that this evaluator does not hold yet (it was just restarted) is queued for it ahead of this batch
         frames = [job.frame for job in jobs]
-        message = bus.Evaluate(self._batches, [len(f) for f in frames], [f.periodic for f in frames], [job.mix for job in jobs])
+        counts, periodic = [len(f) for f in frames], [f.periodic for f in frames]
+        message = bus.Evaluate(self._batches, counts, periodic, [job.mix for job in jobs], self._members)
         buffers = [
             np.concatenate([f.numbers for f in frames]),
             np.concatenate([f.positions for f in frames]),
@@ -195,19 +220,33 @@ class Pool:
                 job.alone = True
             self._waiting[:0] = jobs
             return []
+        for job in jobs:
+            self._window.finished(job.group)
         if message.error:
             return [Outcome(job, None, error=message.error) for job in jobs]
         total = sum(len(job.frame) for job in jobs)
         forces = bus.array(buffers[0], np.float64, (total, 3))
         virials = bus.array(buffers[1], np.float64, (len(jobs), 3, 3))
         lpr = bus.array(buffers[2], np.float64, (total,))
-        ends = np.cumsum([len(job.frame) for job in jobs])
+        committee = self._committee(buffers[3:], len(jobs), total)
         outcomes = []
-        for i, (job, end) in enumerate(zip(jobs, ends, strict=True)):
-            rows = slice(end - len(job.frame), end)
+        end = 0
+        for i, job in enumerate(jobs):
+            rows = slice(end, end := end + len(job.frame))
             prediction = Prediction(message.energies[i], forces[rows], virials[i])
-            outcomes.append(Outcome(job, prediction, message.steps[i], lpr[rows]))
+            members = None if committee is None else Members(committee.energies[i], committee.forces[:, rows], committee.virials[i])
+            outcomes.append(Outcome(job, prediction, message.steps[i], lpr[rows], members=members))
         return outcomes
+
+    def _committee(self, buffers: list[bytes], frames: int, atoms: int) -> Members | None:
+        """What the committee says of a whole batch, its forces one behind the other."""
+        if not self._members:
+            return None
+        return Members(
+            bus.array(buffers[0], np.float64, (frames, self._members)),
+            bus.array(buffers[1], np.float64, (self._members, atoms, 3)),
+            bus.array(buffers[2], np.float64, (frames, self._members, 3, 3)),
+        )
 
     def busy_since(self) -> dict[int, float]:
         """Seconds that each busy evaluator has been at its batch, by process id: how the supervisor finds a hung one."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from selectors import EVENT_WRITE
 
 import numpy as np
 
 from tumbaga.driver import units
+from tumbaga.driver.errors import ConfigError
+from tumbaga.driver.species import Species, agreed, check_known
 from tumbaga.online.errors import BadFrameError
 from tumbaga.online.flagging import Flagger
 from tumbaga.online.ramp import RampState
-from tumbaga.online.records import Array, Frame, Ints, Prediction
+from tumbaga.online.records import Array, Frame, Prediction
 from tumbaga.socket_protocol.connection import NEED_DATA, PAUSED, Connection, Role
 from tumbaga.socket_protocol.errors import RemoteProtocolError
-from tumbaga.socket_protocol.events import Exit, ForceReady, GetForce, Init, PosData, Status
+from tumbaga.socket_protocol.events import Exit, ForceBatch, ForceReady, GetForce, Init, PosBatch, PosData, Status
 from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Backoff, Dialling, Stream
 
 _FLAT = 1e-6  # Å^3: a cell of less is none
+_TURN = 8  # messages that one engine may have answered before the others get their turn
+_CHATTER = 2000  # messages without a frame within a second: no engine has a reason for more
+_CHATTER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,43 +34,79 @@ class Ended:
     fault: str = ""
 
 
+@dataclass(frozen=True)
+class More:
+    """The engine has sent more than fits into one turn: call `turn` again after the others."""
+
+
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """The engine asks for the force of a frame."""
+    """The engine asks for the forces of one frame, or of a batch without its padding."""
 
-    frame: Frame
+    frames: list[Frame]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long an engine may take, seconds: to finish a message that has begun, and to read something of an answer."""
+
+    message: float = 10.0
+    unread: float = 30.0
+
+
+Result = Asked | Ended | More | None
 
 
 class Session:
-    """One address that we dial, and the conversation on it.
+    """One connection to an address that we dial, and the conversation on it.
 
     Args:
-        name: for the log and the extras, e.g. "unix:/tmp/ipi_cuau".
         address: where the engine listens.
-        numbers: atomic numbers in the engine's order, shape (n_atoms,).
-        periodic: whether the template is; a cluster's box (i-PI insists on one) is not taken for a lattice.
+        template: species and periodicity, or None if INIT will tell; a cluster's box (i-PI insists on one) is not taken for a lattice.
         backoff: delays between attempts to connect.
         ramp: where this session stands between versions.
+        number: of this connection among those to the same address, from 1.
+        patience: time limits.
     """
 
-    def __init__(self, address: Address, numbers: Ints, periodic: bool, backoff: Backoff, ramp: RampState) -> None:
-        self.name = str(address)
-        self.address, self._numbers, self._periodic, self.backoff = address, numbers, periodic, backoff
+    def __init__(
+        self,
+        address: Address,
+        template: Species | None,
+        backoff: Backoff,
+        ramp: RampState,
+        number: int = 1,
+        patience: Patience = Patience(),
+    ) -> None:
+        self.group = str(address)
+        self.name = self.group if number == 1 else f"{self.group}#{number}"
+        self.address, self._template, self.backoff, self._patience = address, template, backoff, patience
+        self.elements: tuple[int, ...] = ()  # that the potential knows; empty for all
+        self.potential = "the potential"
         self.ramp = ramp
-        self.flagger = Flagger()
         self.stream: Stream | None = None
         self.dialling: Dialling | None = None
-        self._connection = Connection(Role.DRIVER, expected_atoms=len(numbers))
-        self._result: ForceReady | None = None
-        self.ticket = 0  # of the frame under way; answers to older ones are for nobody
-        self.asked_at = 0.0
-        self.waiting = False
-        self.dial_at = 0.0
-        self.forces = 0  # in this conversation
+        self.ticket = 0  # of the request under way; answers to older ones are for nobody
+        self.asked_at = self.dial_at = 0.0
         self.refusals = 0  # conversations in a row that we ended
-        self.given_up = ""
-        self.swap_work = 0.0  # eV
-        self.last_score = 0.0
+        self.faults = 0  # times in a row that a conversation ended with the same fault
+        self.last_fault = self.given_up = ""
+        self.swap_work = self.last_score = 0.0  # eV, eV/Å
+        self._begin()
+
+    def _begin(self) -> None:
+        self.species = self._template
+        atoms = None if self._template is None else len(self._template)
+        # a peer on another machine must not lead us to memory of this one
+        self._connection = Connection(Role.DRIVER, expected_atoms=atoms, shared=bool(self.address.path))
+        self._result: ForceReady | ForceBatch | None = None
+        self._size = 0  # configurations of the request under way, padding included; 0 for a single one
+        self.waiting = False
+        self.forces = 0  # requests answered in this conversation
+        self.flagger = Flagger()
+        self._chatter, self._chatter_since = 0, 0.0
+        self._partial_since = self._unread_since = 0.0
+        self._unread = 0
 
     @property
     def state(self) -> str:
@@ -73,12 +115,15 @@ class Session:
             return "given up"
         return "dialling" if self.stream is None else "computing" if self.waiting else "connected"
 
+    @property
+    def dialect(self) -> str:
+        """How the engine sends its frames: `single`, `batched B` or `shared memory B`."""
+        return self._connection.dialect
+
     def connected(self, stream: Stream) -> None:
         """Begin a new conversation."""
         self.stream, self.dialling = stream, None
-        self._connection = Connection(Role.DRIVER, expected_atoms=len(self._numbers))
-        self._result, self.waiting, self.forces = None, False, 0
-        self.flagger = Flagger()
+        self._begin()
 
     def fileno(self) -> int:
         """What to wait for."""
@@ -86,7 +131,7 @@ class Session:
         return -1 if waited_for is None else waited_for.fileno()
 
     def interest(self) -> int:
-        """What to wait for it to become, in the terms of `selectors` and of zmq (1 readable, 2 writable); 0 for nothing."""
+        """What to wait for it to become, in the terms of `selectors` (1 readable, 2 writable); 0 for nothing."""
         if self.stream is None:
             return 0 if self.dialling is None else EVENT_WRITE
         return self.stream.interest(self._connection)
@@ -94,79 +139,135 @@ class Session:
     def receive(self) -> None:
         """Read what is there and write what is pending."""
         if self.stream is not None:
-            self.stream.flush()
+            if self.stream.pending_out:
+                self.stream.flush()
             self.stream.receive(self._connection)
 
-    def turn(self) -> Asked | Ended | None:
-        """Answer everything that can be answered now.
+    def overdue(self, now: float) -> str:
+        """Return why the engine has taken too long, or nothing. To be asked a few times a second.
+
+        Args:
+            now: seconds, monotonic.
+        """
+        if self.stream is None:
+            return ""
+        partial, unread = self._connection.partial, self.stream.unsent
+        self._partial_since = (self._partial_since or now) if partial else 0.0
+        if not unread or unread != self._unread:
+            self._unread, self._unread_since = unread, now
+        if partial and now - self._partial_since > self._patience.message:
+            limit = f"{self._patience.message:g} s"
+            return f"the engine sent {partial} bytes of a message and not the rest within {limit} (serve.message_seconds)"
+        if unread and now - self._unread_since > self._patience.unread:
+            limit = f"{self._patience.unread:g} s"
+            return f"the engine has not read {unread} bytes of its answers within {limit} (serve.unread_seconds)"
+        return ""
+
+    # -- turns -----------------------------------------------------------------------------------------------------------------------
+
+    def turn(self, now: float = 0.0) -> Result:
+        """Answer what can be answered now, a few messages at most.
+
+        Args:
+            now: seconds, monotonic.
 
         Returns:
-            A frame to evaluate, the end, or None when there is nothing more to do before something arrives.
+            Frames to evaluate, the end, `More`, or None when there is nothing to do before something arrives.
         """
         try:
-            return self._turn()
-        except RemoteProtocolError as error:
+            return self._turn(now)
+        except (RemoteProtocolError, ConfigError) as error:
             return Ended(str(error))
         except BadFrameError as error:  # well formed on the wire, and still no structure
             return Ended(f"the engine sent a frame that cannot be evaluated: {error}")
 
-    def _turn(self) -> Asked | Ended | None:
+    def _turn(self, now: float) -> Result:
         assert self.stream is not None
-        while True:
+        for _ in range(_TURN):
             event = self._connection.next_event()
             if event is NEED_DATA or event is PAUSED:
                 return None
+            if isinstance(event, PosData | PosBatch):
+                return self._asked(event)
+            if isinstance(event, Exit):
+                return Ended()
             if isinstance(event, Status):
                 self.stream.send(self._connection.answer_status())
             elif isinstance(event, Init):
-                fault = self._check_init(event)
-                if fault:
-                    return Ended(fault)
-            elif isinstance(event, PosData):
-                if self._periodic and not event.periodic:
-                    return Ended("the template is periodic, but the engine sends no cell; give one of the two what it lacks")
-                self.ticket += 1
-                self.waiting = True
-                return Asked(self._frame(event))
+                self._initialise(event)
             elif isinstance(event, GetForce) and self._result is not None:
                 self.stream.send(self._connection.send(self._result))
                 self._result = None
-            elif isinstance(event, Exit):
-                return Ended()
+            if self._babbles(now):
+                return Ended(f"the engine sent {_CHATTER} messages within {_CHATTER_S:g} s and no frame among them")
+        return More()
 
-    def _check_init(self, event: Init) -> str:
-        told = parse_init(event.text).numbers
-        if told is not None and not np.array_equal(np.asarray(told), self._numbers):
-            return f"{self.name}: the engine's INIT lists other species than the template; give the template of this engine"
-        return ""
+    def _babbles(self, now: float) -> bool:
+        self._chatter += 1
+        if now - self._chatter_since > _CHATTER_S:
+            self._chatter, self._chatter_since = 0, now
+        return self._chatter > _CHATTER
 
-    def _frame(self, event: PosData) -> Frame:
+    def _initialise(self, event: Init) -> None:
+        self.species = agreed(parse_init(event.text), self._template)
+        if self.species is not None:
+            check_known(self.species, self.elements, self.potential)
+            self._connection.expect(len(self.species))
+
+    def _asked(self, event: PosData | PosBatch) -> Asked:
+        self._size = 0 if isinstance(event, PosData) else len(event)
+        frames = [event] if isinstance(event, PosData) else [event.frame(index) for index in range(event.distinct)]
+        if self.species is None:
+            raise ConfigError(
+                "species",
+                f"the engine sent {len(frames[0].positions)} atoms and did not say which; give a structure (--template FILE, or "
+                "--connect ADDRESS=FILE), or let i-PI tell: <parameters>{species: Cu3Au(H2O)2}</parameters>",
+            )
+        if not self.forces:
+            check_known(self.species, self.elements, self.potential)
+        self.ticket += 1
+        self.waiting = True
+        self._chatter = 0
+        return Asked([self._frame(frame, self.species) for frame in frames])
+
+    def _frame(self, event: PosData, species: Species) -> Frame:
         positions = units.length_from_wire(event.positions)
         if not event.periodic:
-            return Frame(self._numbers, positions)
+            if species.periodic:
+                raise ConfigError("cell", f"{species.source} is periodic, but the engine sends no cell; give one of the two what it lacks")
+            return Frame(species.numbers, positions)
         cell = units.length_from_wire(event.cell)
-        if not self._periodic:
-            return Frame(self._numbers, _made_whole(positions, cell))
-        return Frame(self._numbers, positions, cell, True)
+        if species.periodic is False:
+            return Frame(species.numbers, _made_whole(positions, cell))
+        return Frame(species.numbers, positions, cell, True)
 
-    def answer(self, prediction: Prediction, extras: bytes) -> Asked | Ended | None:
-        """Give the force of the frame under way; returns what `turn` returns."""
-        self._result = ForceReady(
-            units.energy_to_wire(prediction.energy),
-            units.forces_to_wire(prediction.forces),
-            units.virial_to_wire(prediction.virial),
-            extras,
-        )
+    def answer(self, results: Sequence[tuple[Prediction, bytes]], now: float = 0.0) -> Result:
+        """Give forces and extras of the frames under way, in their order; returns what `turn` returns.
+
+        Args:
+            results: of each frame that `Asked` had.
+            now: seconds, monotonic.
+        """
+        made = [
+            ForceReady(
+                units.energy_to_wire(prediction.energy),
+                units.forces_to_wire(prediction.forces),
+                units.virial_to_wire(prediction.virial),
+                extras,
+            )
+            for prediction, extras in results
+        ]
+        self._result = ForceBatch.of(made, self._size) if self._size else made[0]
         self.waiting = False
         self.forces += 1
-        self.refusals = 0
+        self.refusals = self.faults = 0
         self.backoff.reset()
         self._connection.complete()
-        return self.turn()
+        return self.turn(now)
 
     @property
     def computing(self) -> bool:
-        """Whether the engine still waits for the frame under way (it may have left)."""
+        """Whether the engine still waits for the frames under way (it may have left)."""
         return self.waiting and self.stream is not None
 
     def hang_up(self) -> None:
@@ -175,6 +276,7 @@ class Session:
             self.stream.close()
         if self.dialling is not None:
             self.dialling.close()
+        self._connection.close()
         self.stream = self.dialling = None
         self.waiting = False
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from tumbaga.driver.errors import ConfigError
 from tumbaga.online import versions
 from tumbaga.online.errors import VersionError
 from tumbaga.online.last_layer import fit
 from tumbaga.online.ports import Potential, Trainable
-from tumbaga.online.records import Array, Frame, Prediction
+from tumbaga.online.records import Array, Frame, Members, Prediction
 from tumbaga.online.uncertainty import AtomScore, species_index
 
 BASE = 0
@@ -27,11 +28,13 @@ class Answer:
         prediction: energy, forces, virial under the frame's mix of versions.
         step: E(second version) - E(first version), eV; 0 outside a ramp.
         lpr: last-layer score of each atom, shape (n_atoms,), float64; NaN where the potential has no readout.
+        members: what a committee drawn from the posterior of the readout says, if one was asked for.
     """
 
     prediction: Prediction
     step: float
     lpr: Array
+    members: Members | None = None
 
 
 class Slot:
@@ -47,6 +50,7 @@ class Slot:
         self._readouts: dict[int, Array] = {}
         self._scores: dict[int, AtomScore] = {}
         self._covariances: dict[int, Array] = {}
+        self._deviations: dict[tuple[int, int], Array] = {}
         if self._trainable is not None:
             own = self._trainable.readout()
             # no label yet: the prior alone says how unsure the readout is
@@ -77,13 +81,43 @@ class Slot:
         self._put(version, layer.readout, layer.covariance)
         for old in set(self._readouts) - {version, BASE, *keep}:
             del self._readouts[old], self._scores[old], self._covariances[old]
+            self._deviations = {key: value for key, value in self._deviations.items() if key[0] != old}
 
     def _put(self, version: int, readout: Array, covariance: Array) -> None:
         self._readouts[version], self._covariances[version] = readout, covariance
         self._scores[version] = AtomScore(covariance, len(self.potential.spec.elements))
 
-    def answer(self, frames: Sequence[Frame], mixes: Sequence[Mix]) -> list[Answer]:
-        """Evaluate frames as one batch, each under its own mix of versions.
+    def need_committee(self, members: int) -> None:
+        """Find out at the start whether there can be a committee.
+
+        Raises:
+            ConfigError: the potential has no readout to draw its members from.
+        """
+        if self._trainable is None:
+            name = self.potential.spec.name
+            raise ConfigError("serve.committee", f"is {members}, but {name} has no linear readout to draw a committee from; set it to 0")
+
+    def _deviation(self, version: int, members: int) -> Array:
+        """Readouts of the members less that of the version, shape (members, n_columns), float64; their sum is 0.
+
+        Drawn from the posterior once and for all, so that each member is one potential as long as the version serves. With the sum taken
+        out, the variance over the members (ddof 1) is that of the posterior on average.
+        """
+        key = (version, members)
+        if key not in self._deviations:
+            values, vectors = np.linalg.eigh(self._covariances[version])
+            drawn = np.random.default_rng(members).standard_normal((members, len(values)))
+            drawn -= drawn.mean(axis=0)
+            self._deviations[key] = (drawn * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+        return self._deviations[key]
+
+    def _members(self, frame: Frame, served: Array, version: int, members: int) -> Members:
+        deviations = self._deviation(version, members)
+        said = self.potential.predict([frame] * members, served + deviations)
+        return Members(np.array([p.energy for p in said]), np.stack([p.forces for p in said]), np.stack([p.virial for p in said]))
+
+    def answer(self, frames: Sequence[Frame], mixes: Sequence[Mix], members: int = 0) -> list[Answer]:
+        """Evaluate frames as one batch, each under its own mix of versions, and with a committee of so many members beside it.
 
         Raises:
             KeyError: a mix names a version that is not held.
@@ -91,8 +125,14 @@ class Slot:
         if self._trainable is None:
             return [Answer(p, 0.0, np.full(len(f), np.nan)) for f, p in zip(frames, self.potential.predict(frames), strict=True)]
         served = np.stack([(1.0 - weight) * self._readouts[old] + weight * self._readouts[new] for old, new, weight in mixes])
-        predictions = self.potential.predict(frames, served)
-        return [self._answer(*one) for one in zip(frames, predictions, mixes, strict=True)]
+        predictions = self._trainable.predict(frames, served)
+        answers = [self._answer(*one) for one in zip(frames, predictions, mixes, strict=True)]
+        if not members:
+            return answers
+        return [
+            replace(answer, members=self._members(frame, readout, mix[1], members))
+            for answer, frame, readout, mix in zip(answers, frames, served, mixes, strict=True)
+        ]
 
     def _answer(self, frame: Frame, prediction: Prediction, mix: Mix) -> Answer:
         features, old, new = prediction.features, mix[0], mix[1]

@@ -86,8 +86,13 @@ class Supervisor:
 
     def _prepare(self) -> None:
         write_whole(self._path / configs.FILE, configs.dumps(self._settings).encode())
-        frame = read_frame(self._settings.potential.template)
-        write_whole(self._path / TEMPLATE, json.dumps({"numbers": frame.numbers.tolist(), "periodic": frame.periodic}).encode())
+        files = {"": self._settings.potential.template, **self._settings.serve.templates}
+        read = {address: (file, read_frame(file)) for address, file in files.items() if file}
+        told = {
+            address: {"numbers": frame.numbers.tolist(), "periodic": frame.periodic, "source": Path(file).name}
+            for address, (file, frame) in read.items()
+        }
+        write_whole(self._path / TEMPLATE, json.dumps(told).encode())
 
     def _asked_to_stop(self, *_: object) -> None:
         self._stops += 1
@@ -288,6 +293,7 @@ class Supervisor:
             "swaps": gateway.get("swaps", 0),
             "refused": gateway.get("refused", 0),
             "force_calls": gateway.get("force_calls", 0),
+            "frames": gateway.get("frames", 0),
             "call_ms": gateway.get("call_ms", {"p50": 0.0, "p99": 0.0, "max": 0.0}),
             "uncertainty": gateway.get("uncertainty", {"last": 0.0, "max": 0.0}),
             "quantile": learner.get("quantile", 2.0),
@@ -339,8 +345,8 @@ def check(settings: configs.Config) -> None:
 
     settings.check()
     registry.weights_file(settings.potential.model)
-    template = read_frame(settings.potential.template)
-    if template.periodic and settings.learn.enabled and settings.label.method == "pyscf":
+    templates = [read_frame(file) for file in (settings.potential.template, *settings.serve.templates.values()) if file]
+    if any(frame.periodic for frame in templates) and settings.learn.enabled and settings.label.method == "pyscf":
         raise ConfigError(
             "label.method", "pyscf labels isolated clusters only, and the template is periodic; use ase:MODULE:CLASS or --no-learn"
         )

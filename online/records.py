@@ -94,6 +94,21 @@ class Prediction:
 
 
 @dataclass(frozen=True, eq=False)
+class Members:
+    """What the members of a committee say of one frame; their mean is what is served.
+
+    Attributes:
+        energies: shape (n_members,), float64, eV.
+        forces: shape (n_members, n_atoms, 3), float64, eV/Å.
+        virials: -dE/dstrain, shape (n_members, 3, 3), float64, eV.
+    """
+
+    energies: Array
+    forces: Array
+    virials: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Label:
     """Reference energy and forces of a frame; only converged ones are ever made.
 

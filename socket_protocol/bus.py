@@ -38,6 +38,8 @@ class EvaluatorReady(Message, frozen=True, tag=True, array_like=True):
     pid: int
     seen: int
     lpr_scale: float | None  # eV/Å force std per unit of last-layer score, estimated at start; None without a template or a readout
+    elements: tuple[int, ...] = ()  # atomic numbers that the potential knows; empty for all
+    potential: str = ""  # its name
 
 
 class Load(Message, frozen=True, tag=True, array_like=True):
@@ -58,18 +60,21 @@ class Loaded(Message, frozen=True, tag=True, array_like=True):
 class Evaluate(Message, frozen=True, tag=True, array_like=True):
     """One ragged batch. Buffers: numbers int64 (n,), positions float64 (n, 3) Å, cells float64 (frames, 3, 3) Å; n counts all atoms.
 
-    `mixes` gives for each frame (version, version, weight): served with (1 - weight) of the first and weight of the second.
+    `mixes` gives for each frame (version, version, weight): served with (1 - weight) of the first and weight of the second. `members` asks
+    for a committee of so many beside what is served.
     """
 
     batch: int
     counts: list[int]
     periodic: list[bool]
     mixes: list[tuple[int, int, float]]
+    members: int = 0
 
 
 class Evaluated(Message, frozen=True, tag=True, array_like=True):
     """The answer to one batch. Buffers: forces float64 (n, 3) eV/Å, virials float64 (frames, 3, 3) eV, lpr float64 (n,), NaN if none.
 
+    With a committee three more: energies (frames, members) eV, forces (members, n, 3) eV/Å, virials (frames, members, 3, 3) eV.
     `steps` holds E(second version) - E(first version) of each frame's mix, eV: what a ramp needs for its work.
     """
 
@@ -252,6 +257,12 @@ class Endpoint:
                 return False
             raise
         return True
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a message waits to be received; costs less than to try."""
+        events = self.socket.getsockopt(zmq.EVENTS)
+        return bool(isinstance(events, int) and events & zmq.POLLIN)
 
     def receive(self) -> tuple[str, AnyMessage, list[bytes]] | None:
         """Return (sender, message, buffers), or None when nothing waits. The sender is empty except on a ROUTER."""

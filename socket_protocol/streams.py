@@ -116,6 +116,11 @@ class Stream:
         """Whether bytes wait until the socket can be written to: call `flush` then."""
         return bool(self._out)
 
+    @property
+    def unsent(self) -> int:
+        """How many bytes wait until the peer reads."""
+        return len(self._out)
+
     def interest(self, connection: Connection) -> int:
         """Return what to ask the selector for: EVENT_READ, EVENT_WRITE, both or 0 (then unregister; a selector takes no 0)."""
         mask = selectors.EVENT_WRITE if self._out else 0

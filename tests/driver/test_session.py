@@ -11,11 +11,26 @@ import numpy as np
 import pytest
 from ase import units as ase_units
 
-from tumbaga.driver.session import Asked, Ended, Session
+from tumbaga.driver.session import Asked, Ended, More, Patience, Session
+from tumbaga.driver.species import Species
 from tumbaga.online.ramp import RampState
 from tumbaga.online.records import Prediction
+from tumbaga.socket_protocol.codec import encode
 from tumbaga.socket_protocol.connection import Connection, Role, Wait
-from tumbaga.socket_protocol.events import Event, Exit, ForceReady, GetForce, HaveData, Init, NeedInit, PosData, Ready, Status
+from tumbaga.socket_protocol.events import (
+    Event,
+    Exit,
+    ForceBatch,
+    ForceReady,
+    GetForce,
+    HaveData,
+    Init,
+    NeedInit,
+    PosBatch,
+    PosData,
+    Ready,
+    Status,
+)
 from tumbaga.socket_protocol.streams import Address, Backoff, Stream
 
 NUMBERS = np.array([8, 1, 1])
@@ -50,7 +65,7 @@ class Talk:
     def __init__(self, session: Session, engine: Engine) -> None:
         self.session, self.engine = session, engine
 
-    def turn(self, *events: Event) -> Asked | Ended | None:
+    def turn(self, *events: Event) -> Asked | Ended | More | None:
         """The engine says something and the session reacts."""
         self.engine.say(*events)
         self.session.receive()
@@ -66,12 +81,17 @@ class Talk:
 MakeTalk = Callable[..., Talk]
 
 
+def template(periodic: bool | None) -> Species | None:
+    """None is no template at all."""
+    return None if periodic is None else Species(NUMBERS, periodic, "init.xyz")
+
+
 @pytest.fixture
 def make_talk() -> Iterator[MakeTalk]:
     made: list[Talk] = []
 
-    def make(periodic: bool = False) -> Talk:
-        session = Session(Address.unix("/tmp/nobody"), NUMBERS, periodic, Backoff(Random(0)), RampState(0))
+    def make(periodic: bool | None = False) -> Talk:
+        session = Session(Address.unix("/tmp/nobody"), template(periodic), Backoff(Random(0)), RampState(0))
         ours, theirs = socket.socketpair()
         session.connected(Stream(ours, "engine"))
         made.append(Talk(session, Engine(Stream(theirs, "session"))))
@@ -106,7 +126,7 @@ def test_a_conversation_one_message_at_a_time(talk: Talk) -> None:
     assert (talk.session.computing, talk.session.state, talk.session.ticket) == (True, "computing", 1)
     assert talk.turn(Status()) is None
     assert talk.engine.hear() == []
-    assert talk.session.answer(prediction(), EXTRAS) is None
+    assert talk.session.answer([(prediction(), EXTRAS)]) is None
     assert talk.engine.hear() == [HaveData()]
     assert talk.turn(GetForce()) is None
     (force,) = talk.engine.hear()
@@ -124,7 +144,7 @@ def test_a_conversation_in_one_write(talk: Talk) -> None:
     for seed in range(3):
         assert isinstance(talk.turn(PosData(NO_CELL, positions(seed)), GetForce(), Status()), Asked)
         assert talk.engine.hear() == []
-        assert talk.session.answer(prediction(), EXTRAS) is None
+        assert talk.session.answer([(prediction(), EXTRAS)]) is None
         force, ready = talk.engine.hear()
         assert isinstance(force, ForceReady)
         assert ready == Ready()
@@ -139,14 +159,14 @@ def test_units_change_as_ase_has_them(make_talk: MakeTalk) -> None:
     cell = np.array([[9.0, 0.1, 0.2], [0.3, 10.0, 0.4], [0.5, 0.6, 11.0]])
     asked = talk.turn(PosData(cell, positions()), GetForce(), Status())
     told = prediction()
-    talk.session.answer(told, EXTRAS)
+    talk.session.answer([(told, EXTRAS)])
     force = talk.engine.hear()[0]
 
     assert isinstance(asked, Asked)
-    assert asked.frame.periodic
-    assert asked.frame.numbers.tolist() == [8, 1, 1]
-    np.testing.assert_allclose(asked.frame.positions, positions() * ase_units.Bohr, rtol=RTOL)
-    np.testing.assert_allclose(asked.frame.cell, cell * ase_units.Bohr, rtol=RTOL)
+    assert asked.frames[0].periodic
+    assert asked.frames[0].numbers.tolist() == [8, 1, 1]
+    np.testing.assert_allclose(asked.frames[0].positions, positions() * ase_units.Bohr, rtol=RTOL)
+    np.testing.assert_allclose(asked.frames[0].cell, cell * ase_units.Bohr, rtol=RTOL)
     assert isinstance(force, ForceReady)
     assert force.energy == pytest.approx(told.energy / ase_units.Hartree, rel=RTOL)
     np.testing.assert_allclose(force.forces, told.forces / ase_units.Hartree * ase_units.Bohr, rtol=RTOL)
@@ -169,9 +189,9 @@ def test_a_cluster_has_no_lattice(talk: Talk, cell: np.ndarray) -> None:
     asked = talk.turn(PosData(cell, positions()))
 
     assert isinstance(asked, Asked)
-    assert not asked.frame.periodic
-    assert not asked.frame.cell.any()
-    np.testing.assert_array_equal(asked.frame.positions, positions() * (ase_units.Bohr * 1.0))
+    assert not asked.frames[0].periodic
+    assert not asked.frames[0].cell.any()
+    np.testing.assert_array_equal(asked.frames[0].positions, positions() * (ase_units.Bohr * 1.0))
 
 
 def test_a_folded_cluster_is_made_whole(talk: Talk) -> None:
@@ -182,7 +202,7 @@ def test_a_folded_cluster_is_made_whole(talk: Talk) -> None:
     asked = talk.turn(PosData(box, whole % 40.0))
 
     assert isinstance(asked, Asked)
-    distances = np.linalg.norm(asked.frame.positions[:, None] - asked.frame.positions, axis=-1)
+    distances = np.linalg.norm(asked.frames[0].positions[:, None] - asked.frames[0].positions, axis=-1)
     expected = np.linalg.norm(whole[:, None] - whole, axis=-1) * ase_units.Bohr
     assert (whole % 40.0 != whole).any()
     np.testing.assert_allclose(distances, expected, atol=1e-12)
@@ -218,7 +238,7 @@ def test_species_are_compared_where_they_are_told(talk: Talk, numbers: list[int]
     assert (ended is None) is fine
     if not fine:
         assert isinstance(ended, Ended)
-        assert "other species than the template" in ended.fault
+        assert "init.xyz" in ended.fault
 
 
 def test_junk_ends_it(talk: Talk) -> None:
@@ -253,7 +273,7 @@ def test_an_engine_that_left_unseen_is_answered_into_the_void(talk: Talk) -> Non
     talk.get_ready()
     assert isinstance(talk.turn(PosData(NO_CELL, positions()), GetForce(), Status()), Asked)
     talk.engine.stream.close()
-    assert talk.session.answer(prediction(), EXTRAS) is None
+    assert talk.session.answer([(prediction(), EXTRAS)]) is None
     talk.session.receive()
 
     assert talk.session.turn() == Ended()
@@ -285,6 +305,165 @@ def test_only_an_answer_resets_what_counts_failures(talk: Talk) -> None:
     talk.get_ready()
     talk.turn(PosData(NO_CELL, positions()), GetForce())
     assert talk.session.refusals == 2
-    talk.session.answer(prediction(), EXTRAS)
+    talk.session.answer([(prediction(), EXTRAS)])
 
     assert talk.session.refusals == 0
+
+
+# --- species ------------------------------------------------------------------------------------------------------------------------
+
+
+def initialised(talk: Talk, text: bytes) -> Asked | Ended | More | None:
+    assert talk.turn(Status()) is None
+    assert talk.engine.hear() == [NeedInit()]
+    result = talk.turn(Init(0, text), Status())
+    if result is None:
+        assert talk.engine.hear() == [Ready()]
+    return result
+
+
+@pytest.mark.parametrize("text", [b" species : OH2 , ", b'{"numbers": [8, 1, 1], "pbc": false}', b" species:O(H)2, pbc: no"])
+def test_species_from_init_do_for_a_template(make_talk: MakeTalk, text: bytes) -> None:
+    talk = make_talk(periodic=None)
+    assert initialised(talk, text) is None
+    asked = talk.turn(PosData(120.0 * np.eye(3), positions()), GetForce())
+
+    assert isinstance(asked, Asked)
+    assert asked.frames[0].numbers.tolist() == [8, 1, 1]
+    assert asked.frames[0].periodic is (b"pbc" not in text)  # told by nobody else, the engine's cell is taken as it is
+
+
+def test_without_species_nothing_is_evaluated_and_the_sentence_says_how_to_give_them(make_talk: MakeTalk) -> None:
+    talk = make_talk(periodic=None)
+    assert initialised(talk, b" ") is None
+    ended = talk.turn(PosData(NO_CELL, positions()), GetForce())
+
+    assert isinstance(ended, Ended)
+    assert "3 atoms" in ended.fault
+    assert "species" in ended.fault
+    assert "--template" in ended.fault
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b" species : Xx3 , ", "unknown element 'Xx'"),
+        (b" species : O(H2 , ", "no whole formula"),
+        (b" species : OH)2 , ", "not opened"),
+        (b" species : H9999999 , ", "more than"),
+        (b" species : (((((((((H99)99)99)99)99)99)99)99)99) , ", "more than"),
+        (b" species : 3H , ", "no formula"),
+        (b" species : OH3 , ", "INIT lists 4 atoms, init.xyz has 3"),
+        (b" species : HOH , ", "atom 0 is H in INIT and O in init.xyz"),
+    ],
+)
+def test_species_that_cannot_be_are_refused_with_a_sentence(talk: Talk, text: bytes, problem: str) -> None:
+    ended = initialised(talk, text)
+
+    assert isinstance(ended, Ended)
+    assert problem in ended.fault
+
+
+def test_an_element_that_the_potential_does_not_know_is_refused_at_the_start(make_talk: MakeTalk) -> None:
+    talk = make_talk(periodic=None)
+    talk.session.elements, talk.session.potential = (1, 8), "toy"
+    ended = initialised(talk, b" species : AuH , ")
+
+    assert isinstance(ended, Ended)
+    assert "INIT has Au, which toy does not know; it knows H, O" in ended.fault
+
+
+def test_an_element_of_the_template_is_checked_although_the_engine_never_asked_for_init(talk: Talk) -> None:
+    talk.session.elements, talk.session.potential = (8,), "toy"
+    talk.engine.stream.send(encode(PosData(NO_CELL, positions())))
+    talk.session.receive()
+    ended = talk.session.turn()
+
+    assert isinstance(ended, Ended)
+    assert "init.xyz has H" in ended.fault
+
+
+def test_a_new_init_may_bring_other_atoms(make_talk: MakeTalk) -> None:
+    talk = make_talk(periodic=None)
+    assert initialised(talk, b" species : OH2 , ") is None
+    assert isinstance(talk.turn(PosData(NO_CELL, positions()), GetForce(), Status()), Asked)
+    talk.session.answer([(prediction(), EXTRAS)])
+    talk.engine.stream.send(encode(Init(1, b" species : CuAu , ")) + encode(PosData(NO_CELL, positions()[:2])))
+    talk.session.receive()
+    asked = talk.session.turn()
+
+    assert isinstance(asked, Asked)
+    assert asked.frames[0].numbers.tolist() == [29, 79]
+
+
+# --- batches ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_padding_of_a_batch_is_neither_evaluated_nor_missing_from_the_answer(talk: Talk) -> None:
+    talk.get_ready(b" batch_size:4")
+    frames = [PosData(NO_CELL, positions(seed)) for seed in (0, 1)]
+    asked = talk.turn(PosBatch.of(frames, 4), GetForce(), Status())
+    assert isinstance(asked, Asked)
+    assert len(asked.frames) == 2
+    told = [Prediction(float(index), np.full((3, 3), index + 1.0), np.eye(3)) for index in range(2)]
+    talk.session.answer([(one, EXTRAS) for one in told])
+    force, ready = talk.engine.hear()
+
+    assert isinstance(force, ForceBatch)
+    assert ready == Ready()
+    np.testing.assert_allclose(force.energies * ase_units.Hartree, [0.0, 1.0, 1.0, 1.0], rtol=RTOL)
+    assert (force.forces[1] == force.forces[3]).all()
+    assert len(force.extras) == 4
+    assert talk.session.dialect == "batched 4"
+
+
+# --- limits -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_that_is_not_finished_in_time_is_overdue(make_talk: MakeTalk) -> None:
+    talk = make_talk()
+    talk.get_ready()
+    whole = encode(PosData(NO_CELL, positions()))
+    talk.engine.stream.send(whole[:50])
+    talk.session.receive()
+    assert talk.session.turn() is None
+    limit = Patience().message
+
+    assert talk.session.overdue(100.0) == ""
+    assert talk.session.overdue(100.0 + 0.9 * limit) == ""
+    assert "50 bytes of a message" in talk.session.overdue(100.0 + 1.1 * limit)
+    talk.engine.stream.send(whole[50:])
+    talk.session.receive()
+    assert isinstance(talk.session.turn(), Asked)
+    assert talk.session.overdue(1e6) == ""  # the engine waits for us now
+
+
+def test_a_silent_engine_is_never_overdue(talk: Talk) -> None:
+    talk.get_ready()
+
+    assert [talk.session.overdue(now) for now in (1.0, 1e3, 1e6)] == [""] * 3
+
+
+def test_an_engine_that_reads_nothing_is_overdue(make_talk: MakeTalk) -> None:
+    talk = make_talk()
+    talk.get_ready()
+    assert isinstance(talk.turn(PosData(NO_CELL, positions()), GetForce()), Asked)
+    talk.session.answer([(prediction(), b'{"a": "' + b"x" * 4_000_000 + b'"}')])
+    limit = Patience().unread
+
+    assert talk.session.overdue(100.0) == ""
+    assert "has not read" in talk.session.overdue(100.0 + 1.1 * limit)
+
+
+def test_an_engine_that_talks_without_end_leaves_turns_to_the_others_and_is_ended(talk: Talk) -> None:
+    for _ in range(1000):
+        talk.engine.stream.send(encode(Status()) * 10)
+        talk.session.receive()
+        while isinstance(result := talk.session.turn(now=5.0), More):
+            pass
+        talk.engine.stream.receive(talk.engine.connection)
+        if isinstance(result, Ended):
+            break
+
+    assert isinstance(result, Ended)
+    assert "2000 messages" in result.fault

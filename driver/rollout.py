@@ -1,0 +1,116 @@
+"""Which version serves: what the learner wants, what the evaluators hold, and how each session moves from one to the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tumbaga.driver import config as configs
+from tumbaga.driver.pool import Pool
+from tumbaga.driver.session import Session
+from tumbaga.online import versions
+from tumbaga.online.ramp import RampState
+from tumbaga.socket_protocol import bus
+
+
+class Rollout:
+    """Versions of one run.
+
+    Args:
+        learn: settings of ramps.
+        pool: of evaluators.
+        serving: the version to start with and its path; version 0 needs none.
+        tell: called with what the learner must hear.
+    """
+
+    def __init__(self, learn: configs.Learn, pool: Pool, serving: bus.Serve, tell: Callable[[bus.NowServing], None]) -> None:
+        self._learn, self._pool, self._tell = learn, pool, tell
+        self.sessions: Iterable[Session] = ()
+        self.serving = serving.version  # what sessions move to
+        self._target = serving  # what the learner wants served
+        if serving.path:
+            pool.require(serving.version, serving.path, {0, serving.version})
+        self._scales: dict[int, tuple[float, float]] = {}
+        self.base_scale: float | None = None
+        if serving.lpr_scale is not None:
+            self._scales[serving.version] = (serving.lpr_scale, serving.quantile)
+        self._hashes = {0: "base", serving.version: hash_of(serving)}
+        self.swaps = 0
+
+    def name(self, version: int) -> str:
+        """Number and hash, as extras have it."""
+        return f"{version}-{self._hashes.get(version, '')}"
+
+    def scale(self, version: int) -> tuple[float | None, float]:
+        """Return eV/Å of force std per unit of last-layer score (None if not known) and the quantile of the calibration."""
+        return self._scales.get(version, (self.base_scale, 2.0))
+
+    def fresh_ramp(self, version: int | None = None) -> RampState:
+        """Where a session stands that has nothing to be smooth for."""
+        return RampState(
+            self.serving if version is None else version, idle=self._learn.ramp_pause, n=self._learn.ramp_steps, rest=self._learn.ramp_pause
+        )
+
+    def wanted(self, message: bus.Serve) -> bool:
+        """The learner says what should serve; return whether that serves from now on."""
+        if message.lpr_scale is not None:
+            self._scales[message.version] = (message.lpr_scale, message.quantile)
+        if message.version == self._target.version:
+            return False
+        self._target = message
+        self._hashes[message.version] = hash_of(message)
+        if message.version and not self._pool.holds(message.version):
+            self._pool.require(message.version, message.path, self._in_use() | {message.version})
+            return False
+        self._publish(message.version)
+        return True
+
+    def loaded(self, message: bus.Loaded) -> bool:
+        """An evaluator has answered to a Load; return whether that version serves from now on."""
+        if message.error:
+            self._withdraw(message.version)
+            self._tell(bus.NowServing(message.version, message.error))
+        elif message.version == self._target.version and message.version != self.serving and self._pool.holds(message.version):
+            self._publish(message.version)
+            return True
+        return False
+
+    def _withdraw(self, version: int) -> None:
+        """A version cannot be served (any more, if an evaluator was restarted): sessions that use it go back to what they came from."""
+        for session in self.sessions:
+            ramp = session.ramp
+            if version in (ramp.serving, ramp.waiting) or (ramp.ramp and version in (ramp.ramp.from_version, ramp.ramp.to_version)):
+                session.ramp = self.fresh_ramp(0 if ramp.serving == version else ramp.serving)
+        if self.serving == version:
+            self.serving = max((session.ramp.serving for session in self.sessions), default=0)
+
+    def _publish(self, version: int) -> None:
+        """Every evaluator holds it: sessions begin to move to it, each over its own ramp."""
+        self.serving = version
+        self.swaps += 1
+        for session in self.sessions:
+            # a session without an engine has nothing to be smooth for
+            session.ramp = session.ramp.publish(version) if session.stream is not None else self.fresh_ramp()
+        self._tell(bus.NowServing(version))
+
+    def _in_use(self) -> set[int]:
+        used = {0, self._target.version}
+        for session in self.sessions:
+            ramp = session.ramp
+            used |= {ramp.serving, ramp.waiting or 0} | ({ramp.ramp.from_version, ramp.ramp.to_version} if ramp.ramp else set())
+        return used
+
+
+def hash_of(serve: bus.Serve) -> str:
+    """The hash in a version file's name."""
+    return Path(serve.path).stem.rpartition("-")[2] or "base"
+
+
+def read_serving(run_dir: Path) -> bus.Serve:
+    """What served last in this run directory; version 0 where nothing did."""
+    try:
+        told = json.loads((run_dir / versions.FOLDER / versions.SERVING).read_text())
+        return bus.Serve(int(told["version"]), str(told["path"]), told.get("lpr_scale"), float(told.get("quantile", 2.0)))
+    except (OSError, ValueError, KeyError):
+        return bus.Serve(0, "", None, 2.0)
