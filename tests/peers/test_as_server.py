@@ -237,7 +237,8 @@ def lammps(tmp_path: Path, started: Any, unix_name: str) -> Callable[[Atoms], su
     def start(atoms: Atoms) -> subprocess.Popen[bytes]:
         write(tmp_path / "lammps.data", atoms, format="lammps-data", masses=True, atom_style="atomic", force_skew=True)
         (tmp_path / "in.lammps").write_text(LAMMPS_INPUT.format(name=unix_name, **LJ))
-        return started([program, "-in", "in.lammps", "-log", "none"], LD_LIBRARY_PATH=str(libraries[0]))
+        process: subprocess.Popen[bytes] = started([program, "-in", "in.lammps", "-log", "none"], LD_LIBRARY_PATH=str(libraries[0]))
+        return process
 
     return start
 
