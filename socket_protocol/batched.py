@@ -26,7 +26,7 @@ from tumbaga.socket_protocol.codec import (
     inverse,
     pack_length,
 )
-from tumbaga.socket_protocol.errors import LayoutError, MessageTooLargeError
+from tumbaga.socket_protocol.errors import LayoutError
 from tumbaga.socket_protocol.events import ForceBatch, ForceReady, PosBatch, PosData
 from tumbaga.socket_protocol.states import Role
 
@@ -55,7 +55,6 @@ class Batched:
         check_atoms(count, limits, atoms)
         positions_at = _CELLS + self.size * 2 * _MATRIX
         end = positions_at + self.size * count * _ATOM
-        check_message("POSDATA", end, limits)
         if len(view) < end:
             return end
         pairs = np.frombuffer(view, np.float64, 18 * self.size, _CELLS).reshape(self.size, 2, 3, 3)
@@ -72,7 +71,6 @@ class Batched:
         check_atoms(count, limits, atoms)
         virials_at = forces_at + self.size * count * _ATOM
         extras_at = virials_at + self.size * _MATRIX
-        check_message("FORCEREADY", extras_at, limits)
         extras = cut_extras(view, extras_at, self.size, limits)
         if isinstance(extras, int):
             return extras
@@ -104,20 +102,8 @@ class Batched:
     def largest(self, role: Role, limits: Limits, atoms: int) -> int:
         """Return the size of the largest message; see `Layout`."""
         if role is Role.DRIVER:
-            size = _CELLS + self.size * (2 * _MATRIX + atoms * _ATOM)
-        else:
-            size = _CELLS + self.size * (8 + atoms * _ATOM + _MATRIX + _INT) + limits.max_extras
-        return min(size, limits.max_message)
-
-
-def check_message(word: str, size: int, limits: Limits) -> None:
-    """Refuse a message whose parts are each within their limits and together too large.
-
-    Raises:
-        MessageTooLargeError: it is.
-    """
-    if size > limits.max_message:
-        raise MessageTooLargeError(f"size of {word} in bytes", size, limits.max_message)
+            return _CELLS + self.size * (2 * _MATRIX + atoms * _ATOM)
+        return _CELLS + self.size * (8 + atoms * _ATOM + _MATRIX + _INT) + limits.max_extras
 
 
 def cut_extras(view: memoryview, start: int, size: int, limits: Limits) -> tuple[bytes, ...] | int:
@@ -126,7 +112,7 @@ def cut_extras(view: memoryview, start: int, size: int, limits: Limits) -> tuple
     Raises:
         BadLengthError, MessageTooLargeError: a length is negative, or all together are over the limit.
     """
-    found = []
+    ends = []
     end, left = start, limits.max_extras
     for missing in range(size, 0, -1):
         if len(view) < end + _INT:
@@ -135,10 +121,9 @@ def cut_extras(view: memoryview, start: int, size: int, limits: Limits) -> tuple
         check_length("length of the extras", length, 0, left)
         left -= length
         end += _INT + length
-        if len(view) < end:
-            return end + (missing - 1) * _INT
-        found.append(bytes(view[end - length : end]))
-    return tuple(found)
+        ends.append((end - length, end))
+    # nothing is copied before all is there
+    return tuple(bytes(view[begin:end]) for begin, end in ends) if len(view) >= end else end
 
 
 def extras_size(extras: tuple[bytes, ...]) -> int:

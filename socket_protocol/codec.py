@@ -141,9 +141,13 @@ def decode(role: Role, view: memoryview, limits: Limits, atoms: int | None = Non
     if decoder is None:
         raise UnknownHeaderError(header, _WORDS[role])
     try:
-        return decoder(view, limits, atoms, layout or SINGLE)
+        found = decoder(view, limits, atoms, layout or SINGLE)
     except EventNotFiniteError as problem:
         raise NotFiniteError(problem.field) from None
+    size = found if isinstance(found, int) else found.size
+    if size > limits.max_message:
+        raise MessageTooLargeError(f"size of {header.decode().rstrip()} in bytes", size, limits.max_message)
+    return found
 
 
 def _decode_init(view: memoryview, limits: Limits, _atoms: int | None, _layout: Layout) -> Cut:

@@ -22,6 +22,7 @@ from tumbaga.socket_protocol.errors import (
     AnswerAtomCountError,
     AtomCountError,
     ExtrasKeysError,
+    InitError,
     LayoutError,
     NotOurTurnError,
     OutOfTurnError,
@@ -185,6 +186,7 @@ class Connection:
     def expect(self, atoms: int | None) -> None:
         """Insist on another number of atoms from the next frame on: what INIT has announced. None takes that of the next frame."""
         self._expected_atoms = self._atoms = atoms
+        self._largest_message()
 
     def close(self) -> None:
         """We end the conversation: let go of everything that is held for it. Can be called twice."""
@@ -237,7 +239,7 @@ class Connection:
 
     def _next_request(self) -> Event | Wait:
         """DRIVER: look for the end everywhere first, then take one request if it is its turn."""
-        while self._inbox.waiting >= self._needed and (not self._held or self._has_room()):
+        while self._inbox.waiting >= self._needed and (not self._held or self._may_cut()):
             event = self._cut()
             if event is None:
                 break
@@ -251,7 +253,9 @@ class Connection:
             return PAUSED
         if not self._held:
             return NEED_DATA
-        event, self._answers = self._held.popleft()
+        event, layout = self._held.popleft()
+        if isinstance(event, PosData | PosBatch):
+            self._answers = layout
         return self._take(event)
 
     def _next_answer(self) -> Event | Wait:
@@ -285,11 +289,9 @@ class Connection:
         return event
 
     def _wanted_atoms(self) -> int | None:
-        """The atom count to insist on while cutting; INIT, if it waits before this message, may change it."""
+        """The atom count to insist on while cutting."""
         if self._role is Role.ENGINE:
             return self._frame[1] if self._frame else None
-        if self._held and any(isinstance(event, Init) for event, _ in self._held):
-            return None
         return self._atoms
 
     def _settle(self, view: memoryview) -> bool:
@@ -320,7 +322,7 @@ class Connection:
     def _largest_message(self) -> None:
         """Set the size of the largest message that may come now, and of the largest thing that was ever allowed."""
         atoms = self._expected_atoms or self._limits.max_atoms
-        most = self._layout.largest(self._role, self._limits, atoms)
+        most = min(self._layout.largest(self._role, self._limits, atoms), self._limits.max_message)
         self._largest = max(most, INIT_TEXT + self._limits.max_init, MARK_AT + len(MARK))
         frame = self._layout.size * (atoms + 6) * 24 if isinstance(self._layout, Shared) else 0
         self._most = max(self._most, self._largest, min(frame, self._limits.max_message))
@@ -361,6 +363,10 @@ class Connection:
             return True
         frames = (self._state is State.COMPUTING) + sum(isinstance(event, PosData | PosBatch) for event, _ in self._held)
         return len(self._held) < _HELD_MESSAGES and frames < _HELD_FRAMES
+
+    def _may_cut(self) -> bool:
+        """Whether the next message may be cut ahead of its turn: not behind an INIT, which may change what it must look like."""
+        return type(self._held[-1][0]) is not Init and self._has_room()
 
     def _out_of_turn(self, event: Event) -> OutOfTurnError:
         allowed = (word.word for word in self._row.receive if word is not Exit)
@@ -449,6 +455,8 @@ class Connection:
             atoms = _measures(event)[1]
             if self._expected_atoms not in (None, atoms):
                 raise AnswerAtomCountError(self._expected_atoms or 0, atoms)
+        if isinstance(event, Init) and (size := parse_init(event.text).batch_size) > self._limits.max_batch:
+            raise InitError(f"announces batches of {size}, at most {self._limits.max_batch} are allowed (Limits.max_batch)")
         return encode(event, self._layout)
 
     def _check_answer(self, event: ForceReady | ForceBatch) -> frozenset[str]:

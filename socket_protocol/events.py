@@ -236,7 +236,7 @@ class ForceReady:
         """
         if not np.tril(self.virial, -1).any():
             return self.virial + np.triu(self.virial, 1).T
-        return 0.5 * (self.virial + self.virial.T)
+        return 0.5 * self.virial + 0.5 * self.virial.T  # halves first: the sum of two large numbers may be none
 
 
 @dataclass(frozen=True, slots=True, eq=False)

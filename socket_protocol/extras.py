@@ -8,6 +8,8 @@ Source: i-PI `ipi/interfaces/utils.py`, and what was seen when each case was sen
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from tumbaga.socket_protocol.errors import ExtrasError
@@ -38,10 +40,14 @@ def check_extras(extras: bytes) -> frozenset[str]:
         raise ExtrasError(f"{extras[:40]!r} are JSON, but no object") from problem
     except (msgspec.DecodeError, RecursionError) as problem:
         raise ExtrasError(f"{extras[:40]!r} are not JSON ({problem})") from problem
+    if len(extras) > _DIGITS and _LONG_NUMBER.search(extras):
+        raise ExtrasError(f"hold a number of more than {_DIGITS} digits, which Python's JSON does not read")
     if "raw" in described:
         raise ExtrasError("have the key 'raw', which i-PI claims for itself")
     return frozenset(described)
 
 
+_DIGITS = 4300
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % _DIGITS)
 # only the keys matter: the values are checked to be JSON and not built
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])

@@ -35,13 +35,22 @@ class Inbox:
 
     def space(self, message: int = 0) -> memoryview:
         """Return free bytes to write to, enough for a message of that size that begins with the first waiting byte; then call `filled`."""
-        waiting = self.waiting
-        wanted = max(message - waiting, _LEAST)
-        if len(self._data) - self._end < wanted:
-            roomy = self._data if waiting + wanted <= len(self._data) else memoryview(bytearray(waiting + wanted))
-            roomy[:waiting] = self._data[self._start : self._end]
-            self._data, self._start, self._end = roomy, 0, waiting
+        rest = max(message - self.waiting, 1)
+        free = len(self._data) - self._end
+        # moving costs as much as waits: it must have been paid for by as much that was dropped
+        if free < max(rest, _LEAST) and self._start >= max(self.waiting, 1):
+            self._move(self._data)
+            free = len(self._data) - self._end
+        if free < rest:
+            known = message > self.waiting
+            size = self.waiting + rest + _LEAST if known else max(2 * len(self._data), SPARE)
+            self._move(self._data if self.waiting + rest <= len(self._data) else memoryview(bytearray(size)))
         return self._data[self._end :]
+
+    def _move(self, place: memoryview) -> None:
+        """Move what waits to the beginning of `place`."""
+        place[: self.waiting] = self._data[self._start : self._end]
+        self._data, self._start, self._end = place, 0, self.waiting
 
     def filled(self, count: int) -> None:
         """Take the first `count` bytes of the last `space` as received."""

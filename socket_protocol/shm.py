@@ -23,7 +23,7 @@ from typing import Final
 
 import numpy as np
 
-from tumbaga.socket_protocol.batched import check_message, cut_extras, extras_size, pack_extras
+from tumbaga.socket_protocol.batched import cut_extras, extras_size, pack_extras
 from tumbaga.socket_protocol.codec import (
     HEADER,
     Cut,
@@ -47,7 +47,7 @@ MARK: Final = b"ipi_shm_"
 MARK_AT: Final = HEADER + 8
 
 _FOLDER = "/dev/shm"  # Linux only
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+_NAME = re.compile(r"ipi_shm_[A-Za-z0-9_.-]{1,192}")  # no other memory of ours is for a peer to name
 _INT = 4
 _NAMES = HEADER + _INT
 _MOST_NAME = 200
@@ -205,7 +205,7 @@ class Shared:
             return _NAMES
         count = int_at(view, HEADER)
         check_atoms(count, limits, atoms)
-        check_message("POSDATA in shared memory", self.size * (3 * count + 18) * 8, limits)
+        check_length("bytes of a frame in shared memory", self.size * (3 * count + 18) * 8, 0, limits.max_message)
         end = _NAMES
         if self._segments is None:
             found = _cut_names(view)
@@ -223,7 +223,8 @@ class Shared:
 
     def pack_forceready(self, event: ForceReady | ForceBatch) -> bytes:
         """Write the results to the memory and pack the FORCEREADY that says so; see `Layout`. Also raises SharedMemoryError."""
-        if not isinstance(event, ForceBatch) or len(event) != self.size or self._segments is None:
+        # the size may have changed since the frame came; that they fit to one another is the connection's to check
+        if not isinstance(event, ForceBatch) or self._segments is None or len(event) > self._segments.size:
             raise LayoutError(event.word, f"{self.size} configurations")
         check_finite("FORCEREADY", event.energies, event.forces, event.virials)
         self._segments.write("pot", event.energies)
@@ -243,6 +244,8 @@ class Shared:
             self._segments = Segments.create(self._names, self.size, event.atoms)
             self._linked = True
             told = pack_extras(tuple(name.encode() for name in self._names))
+        if len(event) > self._segments.size:
+            raise LayoutError(event.word, f"at most {self._segments.size} configurations, for which the memory was made,")
         if event.atoms != self._segments.atoms:
             raise LayoutError(event.word, f"{self._segments.atoms} atoms a configuration")
         self._segments.write("pos", event.positions)
