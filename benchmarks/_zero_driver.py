@@ -12,8 +12,8 @@ from random import Random
 
 import numpy as np
 
-from tumbaga.socket_protocol.events import ForceReady, PosData
 from tumbaga.socket_protocol.errors import NotYetError
+from tumbaga.socket_protocol.events import ForceReady, PosData
 from tumbaga.socket_protocol.streams import Address, Backoff, Stream
 from tumbaga.socket_protocol.testing import BlockingDriver, connect
 
