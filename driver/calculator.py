@@ -18,17 +18,22 @@ from ase.outputs import all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import spread, structures
+from tumbaga.driver import structures
+from tumbaga.driver.answers import UNKNOWN_STD, certainty
 from tumbaga.driver.backends import registry
 from tumbaga.driver.errors import ConfigError, DriverError, PotentialError, RunDirError
-from tumbaga.driver.rollout import read_serving
+from tumbaga.driver.evaluator import warm_up
+from tumbaga.driver.rollout import hash_of, read_serving
 from tumbaga.driver.slot import BASE, Slot
 from tumbaga.online import guards, versions
-from tumbaga.online.ports import Potential
-from tumbaga.online.records import Frame
+from tumbaga.online.ports import Potential, Trainable
+from tumbaga.online.records import Array, Frame
+from tumbaga.online.uncertainty import force_std
+from tumbaga.socket_protocol import bus
 
 DEFAULT_MODEL = "painn:cuau-water"
 _KEPT = 8  # potentials held for calculators to come
+_OWN = bus.Serve(BASE, "", None, 2.0)  # the potential as it was loaded
 _loading = threading.Lock()  # two threads must not load the same potential twice
 
 
@@ -49,10 +54,8 @@ class _Source:
 
     model: str
     dtype: str
-    number: int = BASE
-    path: Path | None = None  # of the version's file
-    scale: float | None = None  # force std per score, 1/Å, if the learner knew it
-    template: Frame | None = None  # else it is measured on this
+    serving: bus.Serve = _OWN  # path: of the version's file; lpr_scale: force std per score, if the learner has noted it
+    template: Frame | None = None  # else that is measured on this
 
 
 class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
@@ -102,17 +105,17 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
     ) -> None:
         source = _plain(model, dtype, version) if run is None else _of_run(Path(run), model, dtype, version)
         self._slot = Slot(shared_potential(source.model, device, source.dtype))
-        self._number = source.number
-        if source.path is not None:
-            self._slot.load(source.number, source.path, ())
-        self.version = spread.version_name(source.number, source.path.name if source.path else "")
-        self._scale = source.scale
-        reference = source.template if template is None else _frame(template)
+        self._number, self._scale = source.serving.version, source.serving.lpr_scale
+        if source.serving.path:
+            self._slot.load(self._number, Path(source.serving.path), ())
+        self.version = f"{self._number}-{hash_of(source.serving)}"
         # a scale that the learner noted, or one measured on a template, is for all frames; else each composition has its own
         self._measured_on: bytes | None = None
-        self._fixed = source.scale is not None or reference is not None
-        if source.scale is None and reference is not None:
-            self._scale = self._measured(reference)
+        reference = source.template if template is None else _frame(template)
+        silent = not self._slot.potential.spec.n_hidden  # no readout, no uncertainty
+        self._fixed = silent or self._scale is not None or reference is not None
+        if not silent and self._scale is None and reference is not None:
+            self._scale = warm_up(self._slot, self._checked(reference))
         super().__init__(model=source.model, dtype=source.dtype, version=self.version)
 
     def calculate(self, atoms: Any = None, properties: Any = ("energy",), system_changes: Any = all_changes) -> None:
@@ -133,20 +136,20 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
         (answer,) = self._slot.answer([frame], [(self._number, self._number, 1.0)])
         prediction = answer.prediction
         _refuse_unless_ok(guards.check_prediction(prediction))
-        std, atom = spread.largest(answer.lpr, self._scale_of(frame))
+        sure = certainty(answer.lpr, self._scale_of(frame), 1.0)
         self.results = {
             "energy": prediction.energy,
             "free_energy": prediction.energy,
             "forces": prediction.forces,
-            "force_std": std,
-            "force_std_atom": atom,
+            "force_std": sure.std if sure.std < UNKNOWN_STD else float("nan"),
+            "force_std_atom": sure.atom,
             "version": self.version,
         }
         if frame.periodic:
             volume = abs(np.linalg.det(frame.cell))
             self.results["stress"] = full_3x3_to_voigt_6_stress(-prediction.virial / volume)
         if "force_stds" in properties:
-            self.results["force_stds"] = spread.exact_stds(self._slot, frame, self._number)
+            self.results["force_stds"] = self._exact_stds(frame)
 
     def export_properties(self) -> Any:
         """What ASE knows of the results, in its own type, which has no place for an uncertainty."""
@@ -154,17 +157,20 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
 
         return Properties({name: value for name, value in self.results.items() if name in all_outputs})
 
-    # -- the scale of the uncertainty ------------------------------------------------------------------------------------------------
+    # -- uncertainty -----------------------------------------------------------------------------------------------------------------
 
     def _scale_of(self, frame: Frame) -> float | None:
         if not self._fixed:
             kind = bytes([frame.periodic]) + np.sort(frame.numbers).tobytes()
             if kind != self._measured_on:
-                self._scale, self._measured_on = self._measured(frame), kind
+                self._scale, self._measured_on = warm_up(self._slot, frame), kind
         return self._scale
 
-    def _measured(self, frame: Frame) -> float | None:
-        return spread.std_per_score(self._slot, self._checked(frame))
+    def _exact_stds(self, frame: Frame) -> Array:
+        potential = self._slot.potential
+        if not (isinstance(potential, Trainable) and potential.spec.n_hidden):
+            return np.full(len(frame), np.nan)
+        return force_std(potential.force_rows(frame).rows, self._slot.covariance(self._number))
 
     def _checked(self, frame: Frame) -> Frame:
         spec = self._slot.potential.spec
@@ -209,12 +215,11 @@ def _of_run(run: Path, model: str | None, dtype: str | None, version: int | None
         raise ConfigError("model", "is that of the run; leave out either model or run")
     potential = configs.load(run).potential
     serving = read_serving(run)
-    number = serving.version if version is None else version
-    path = None
-    if number:
-        path = run / serving.path if number == serving.version else _version_file(run, number)
-    scale = serving.lpr_scale if number == serving.version else None
-    return _Source(_model_of(run, potential.model), dtype or potential.dtype, number, path, scale, _template_of(potential))
+    if version is not None and version != serving.version:
+        serving = bus.Serve(version, str(_version_file(run, version)) if version else "", None, 2.0)
+    elif serving.path:
+        serving = bus.Serve(serving.version, str(run / serving.path), serving.lpr_scale, serving.quantile)
+    return _Source(_model_of(run, potential.model), dtype or potential.dtype, serving, _template_of(potential))
 
 
 def _version_file(run: Path, number: int) -> Path:

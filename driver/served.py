@@ -25,6 +25,7 @@ from ase.calculators.calculator import CalculationFailed, PropertyNotImplemented
 from ase.calculators.socketio import SocketIOCalculator, SocketServer, actualunixsocketname
 from ase.outputs import all_outputs
 
+from tumbaga.driver.answers import UNKNOWN_STD
 from tumbaga.driver.errors import ConfigError, DriverError, RunDirError
 from tumbaga.driver.process import LOGS
 from tumbaga.driver.rundir import RunDir
@@ -35,7 +36,6 @@ _LOOK_S = 0.1  # between two looks at a server that has not dialled yet
 _STOP_S = 60.0  # for an orderly stop; then the server is killed
 _REASON_S = 2.0  # a reason stands in the status at most so long after the connection ended
 _LAST_LINES = 6  # of its output, where it has no complaint of its own to tell
-UNKNOWN = 1e6  # eV/Å: what extras say where the uncertainty is not known
 
 
 class ServingError(DriverError, CalculationFailed):  # type: ignore[misc] # ASE has no types
@@ -250,9 +250,9 @@ def _stop(process: subprocess.Popen[bytes], released: threading.Event, owner: in
 def _told(extras: Any) -> dict[str, Any]:
     """What the extras of an answer say, as results."""
     told = json.loads(np.asarray(extras).tobytes() or b"{}").get("tumbaga", {})
-    std = float(told.get("force_std", UNKNOWN))
+    std = float(told.get("force_std", UNKNOWN_STD))
     return {
-        "force_std": std if std < UNKNOWN else float("nan"),
+        "force_std": std if std < UNKNOWN_STD else float("nan"),
         "force_std_atom": int(told.get("force_std_atom", -1)),
         "version": str(told.get("version", "")),
     }

@@ -99,12 +99,14 @@ def _settings(settings: configs.Config, folder: Path, frame: Frame, again: bool,
     if again:
         if model != potential.model:
             raise RunDirError(str(folder), f"is of a run of {potential.model}; choose another directory for {model}")
-        if Path(potential.template).exists():
+        if potential.template and Path(potential.template).exists():
             template = potential.template
             before = structures.read_frame(template)
             if not np.array_equal(before.numbers, frame.numbers) or before.periodic != frame.periodic:
                 raise RunDirError(str(folder), "is of a run of other atoms (species, order or periodicity); choose another directory")
-    return msgspec.structs.replace(settings, potential=_with(potential, model=model, template=template))
+    # the only engine is the script, at an address of its own
+    alone = msgspec.structs.replace(settings.serve, connect=(), templates={}, connections=1)
+    return msgspec.structs.replace(settings, potential=_with(potential, model=model, template=template), serve=alone)
 
 
 def _check(settings: configs.Config, frame: Frame) -> None:

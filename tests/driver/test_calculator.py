@@ -25,8 +25,8 @@ from tumbaga.driver import config as configs
 from tumbaga.driver.backends import registry
 from tumbaga.driver.calculator import RefusedError, Tumbaga
 from tumbaga.driver.errors import ConfigError, PotentialError, RunDirError
+from tumbaga.driver.evaluator import warm_up
 from tumbaga.driver.slot import Slot
-from tumbaga.driver.spread import std_per_score
 from tumbaga.driver.testing import Program
 from tumbaga.online import versions
 from tumbaga.online.versions import LastLayer
@@ -101,11 +101,10 @@ def test_the_numbers_are_those_of_the_slot(atoms: Atoms) -> None:
         assert moved.get_potential_energy() == answer.prediction.energy
         assert moved.get_potential_energy(force_consistent=True) == answer.prediction.energy
         np.testing.assert_array_equal(moved.get_forces(), answer.prediction.forces)
-        scale = std_per_score(slot, structures.from_atoms(atoms))
+        scale = warm_up(slot, structures.from_atoms(atoms))
         assert scale is not None
         assert calc.results["force_std"] == scale * answer.lpr.max()
         assert calc.results["force_std_atom"] == answer.lpr.argmax()
-        np.testing.assert_array_equal(calc.results["force_stds"], scale * answer.lpr)
         assert calc.results["version"] == calc.version == "0-base"
 
 
@@ -114,12 +113,24 @@ def test_the_estimate_is_exact_on_the_frame_it_was_measured_on(atoms: Atoms) -> 
     calc = Tumbaga()
     atoms.calc = calc
     atoms.get_forces()
-    exact = calc.exact_force_stds(atoms)
+    assert "force_stds" not in calc.results
+    for one in (atoms, molecule("H2O")):
+        exact = calc.get_property("force_stds", one)
+        assert exact.shape == (len(one),)
+        assert calc.get_property("force_std", one) == pytest.approx(exact.max())
 
-    assert exact.shape == (len(atoms),)
-    assert calc.results["force_std"] == pytest.approx(exact.max())
-    water = molecule("H2O")
-    assert calc.get_property("force_std", water) == pytest.approx(calc.exact_force_stds(water).max())
+
+def test_the_standard_deviation_of_a_force_is_that_of_the_last_layer(run: Path, atoms: Atoms) -> None:
+    """Readouts drawn from a version's posterior move the forces by as much as `force_stds` says."""
+    painn, frame = registry.load(MODEL, "cpu", "float64"), structures.from_atoms(atoms)
+    slot = Slot(painn)
+    (path,) = (run / versions.FOLDER).glob("000003-*")
+    slot.load(SERVED, path, ())
+    drawn = np.random.default_rng(0).multivariate_normal(np.zeros(painn.spec.n_columns), slot.covariance(SERVED), 400)
+    moved = np.stack([p.forces for p in painn.predict([frame] * len(drawn), painn.readout() + drawn)]) - painn.predict([frame])[0].forces
+    seen = np.sqrt((moved**2).sum(axis=2).mean(axis=0))
+
+    np.testing.assert_allclose(Tumbaga(run=run).get_property("force_stds", atoms), seen, rtol=0.15)
 
 
 @pytest.mark.slow
@@ -374,5 +385,4 @@ def test_an_unknown_uncertainty_is_not_a_number(atoms: Atoms) -> None:
 
     assert np.isnan(calc.results["force_std"])
     assert calc.results["force_std_atom"] == -1
-    assert np.isnan(calc.results["force_stds"]).all()
-    assert np.isnan(calc.exact_force_stds(atoms)).all()
+    assert np.isnan(calc.get_property("force_stds", atoms)).all()

@@ -7,26 +7,46 @@ from pathlib import Path
 
 import pytest
 
+from tumbaga.driver.testing import processes_in
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-@pytest.mark.slow
-def test_the_ase_example_does_its_steps(tmp_path: Path) -> None:
-    """01_ase.py integrates 200 steps over a socket, stops its server and exits with 0."""
+def python(script: str, folder: Path) -> str:
+    """What an example writes, run in a folder of its own."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "01_ase.py")],
+        [sys.executable, str(EXAMPLES / script)],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env=ENVIRONMENT,
         timeout=120,
         check=False,
     )
-
     assert done.returncode == 0, done.stderr
-    assert "step  200" in done.stdout
-    assert "force calls: 201" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_ase_example_does_its_steps(tmp_path: Path) -> None:
+    """01_ase.py integrates 200 steps over a socket, and its server ends with it."""
+    told = python("01_ase.py", tmp_path)
+
+    assert "step  200" in told
+    assert "version 0-base" in told
+    assert f"force calls: 201; run directory: {tmp_path / 'runs'}" in told
+    assert list(processes_in(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_the_calculator_example_tells_the_uncertainty(tmp_path: Path) -> None:
+    """03_ase_calculator.py relaxes, and the more the atoms are shaken the less sure the potential is."""
+    told = python("03_ase_calculator.py", tmp_path)
+
+    stds = [float(line.partition("±")[2].split()[0]) for line in told.splitlines() if line.startswith("shaken")]
+    assert len(stds) == 4
+    assert stds[0] < stds[-1]
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from tumbaga.driver.serving import ServedCalculator, ServingError, serve
 from tumbaga.driver.testing import processes_in, until
 
 TEMPLATE = Path(structures.__file__).parent / "data" / "cuau-water.xyz"
+README = Path(__file__).parents[2] / "README.md"
 LJ = "toy:lj?epsilon=0.05&sigma=0.85"
 SAME = 1e-10  # relative: two changes of units
 
@@ -78,8 +79,9 @@ def test_dynamics_through_a_server_are_those_in_the_process(folder: Path, atoms:
 
     assert calc.status()["state"] == "stopped"
     assert nothing_left(folder)
+    atoms.rattle(0.1)
     with pytest.raises(ServingError, match="the server was stopped"):
-        calc.get_potential_energy(read(TEMPLATE).repeat(1) if atoms.rattle(0.1) is None else None)
+        atoms.get_potential_energy()
 
 
 @pytest.mark.slow
@@ -116,6 +118,18 @@ def test_a_run_goes_on_in_its_directory(folder: Path, atoms: Atoms) -> None:
             again.get_potential_energy(atoms[::-1])
     after = configs.load(again.run_dir)
     assert (after.label.budget, after.label.method, after.potential.model) == (8, settings.label.method, LJ)
+
+
+@pytest.mark.slow
+def test_the_readme_runs_as_it_stands(folder: Path, atoms: Atoms, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two pieces of Python under "From ASE": a server that learns, and then a calculator on its run directory."""
+    section = README.read_text().partition("## From ASE")[2].partition("\n## ")[0]
+    pieces = [piece.partition("```")[0] for piece in section.split("```python")[1:]]
+    assert len(pieces) == 2
+    for piece in pieces:
+        exec(piece, {"atoms": atoms})  # noqa: S102 - our own text
+        assert np.isfinite(atoms.get_forces() if "Tumbaga" in piece else 0.0).all()
+    assert capsys.readouterr().out.endswith("eV/Å at most, 0-base\n")
 
 
 # -- it ends ---------------------------------------------------------------------------------------------------------------------------
