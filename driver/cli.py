@@ -40,7 +40,12 @@ ErrorOption = Annotated[
     typer.Option("--force-error", metavar="EV_PER_A", help="Force error to hold, eV/Å: frames less certain than this are labelled."),
 ]
 LabelOption = Annotated[
-    str | None, typer.Option("--label", metavar="METHOD", help="Who labels: pyscf, or ase:MODULE:CLASS for any ASE calculator.")
+    str | None,
+    typer.Option(
+        "--label",
+        metavar="METHOD",
+        help="Who labels: pyscf, ase:MODULE:CLASS for any ASE calculator, or ipi:ADDRESS for programs that connect there.",
+    ),
 ]
 LabelsOption = Annotated[int | None, typer.Option("--labels", metavar="N", help="Labels at most; 0 for none.")]
 NoLearnOption = Annotated[bool, typer.Option("--no-learn", help="Serve only: no labels, no updates.")]

@@ -2,6 +2,8 @@
 
 The child does the chemistry and can be killed: by its time limit, by the system, by a bug. This process only waits for it, so it always
 answers. The learner may die meanwhile: the label goes on, and its result waits in the spool.
+
+Where the chemistry is done by programs that connect to us (`client_labels`), there is no child: this process waits at their sockets too.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from tumbaga.driver import config as configs
 from tumbaga.driver import process, tether
+from tumbaga.driver.client_labels import ClientLabeller, ClientPool, make_labeller
 from tumbaga.online import spool
 from tumbaga.online.errors import OnlineError
-from tumbaga.online.labels.factory import make_labeller
 from tumbaga.online.records import Frame, Label
 from tumbaga.socket_protocol import bus
 
@@ -58,12 +60,21 @@ class Worker:
         settings: of the labels.
         endpoint: DEALER to the learner.
         reporter: to the supervisor.
+        clients: compute in place of a child process.
     """
 
-    def __init__(self, run_dir: Path, name: str, settings: configs.Label, endpoint: bus.Endpoint, reporter: process.Reporter) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        settings: configs.Label,
+        endpoint: bus.Endpoint,
+        reporter: process.Reporter,
+        clients: ClientPool | None = None,
+    ) -> None:
         self._run_dir, self._name, self._settings = run_dir, name, settings
         self._endpoint, self._reporter = endpoint, reporter
-        self._pool: ProcessPool | None = None
+        self._pool: ProcessPool | ClientPool | None = clients
         self._future: ProcessFuture | None = None
         self._task: bus.Task | None = None
         self._unsaved: spool.Result | None = None  # computed, but the disk did not take it yet
@@ -74,7 +85,7 @@ class Worker:
         # the child's end wakes the poller through this pipe
         self.done_fd, self._wake = os.pipe()
 
-    def _ready_pool(self) -> ProcessPool:
+    def _ready_pool(self) -> ProcessPool | ClientPool:
         if self._pool is None or not self._pool.active:
             self._pool = ProcessPool(
                 max_workers=1,
@@ -171,14 +182,18 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Ask for frames and label them until told to leave."""
     name = sys.argv[2]
     settings = configs.load(run_dir).label
-    make_labeller(settings.method, **settings.options)  # a wrong method is a sentence now, not a failure of every label
-    scratch = _own_environment(run_dir, name)
+    labeller = make_labeller(settings.method, **settings.options)  # a wrong method is a sentence now, not a failure of every label
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, name)
     endpoint = bus.Endpoint(context, zmq.DEALER, bus.LABELS, bind=False, identity=f"{name}-{os.getpid()}")
-    worker = Worker(run_dir, name, settings, endpoint, reporter)
+    clients = None
+    if isinstance(labeller, ClientLabeller):
+        index = int(name.rpartition("-")[2])
+        clients = ClientPool(labeller.for_worker(index, settings.time_limit), reporter.log, process.monotonic)
+    scratch = _own_environment(run_dir, name)
+    worker = Worker(run_dir, name, settings, endpoint, reporter, clients)
     poller = zmq.Poller()
-    for watched in (endpoint.socket, worker.done_fd, lifeline.fileno()):
+    for watched in (endpoint.socket, worker.done_fd, lifeline.fileno(), *([clients.fileno()] if clients else [])):
         poller.register(watched, zmq.POLLIN)
     reporter.log("info", "ready", method=settings.method, pid=os.getpid())
     worker.beat()
@@ -186,6 +201,8 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
         while not lifeline.cut_off:
             if not poller.poll(_BEAT_MS):
                 worker.beat()
+            if clients is not None:
+                clients.turn()
             worker.finished()
             worker.messages()
         worker.finished()  # what ended in the last moment was paid for

@@ -18,11 +18,11 @@ import zmq
 from tumbaga.driver import config as configs
 from tumbaga.driver import process
 from tumbaga.driver.backends import registry
+from tumbaga.driver.client_labels import make_labeller
 from tumbaga.driver.errors import PotentialError
 from tumbaga.driver.rollout import read_serving
 from tumbaga.online import selection, spool, versions
 from tumbaga.online.errors import VersionError
-from tumbaga.online.labels.factory import make_labeller
 from tumbaga.online.learner import Learner, Proposal, rmse_text
 from tumbaga.online.ports import Trainable
 from tumbaga.online.records import Frame, Reason, Role

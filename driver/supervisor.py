@@ -338,8 +338,8 @@ def check(settings: configs.Config) -> None:
         DriverError: a sentence about the first one.
     """
     from tumbaga.driver.backends import registry
+    from tumbaga.driver.client_labels import ClientLabeller, make_labeller
     from tumbaga.online.errors import OnlineError
-    from tumbaga.online.labels.factory import make_labeller
     from tumbaga.socket_protocol.errors import TransportError
     from tumbaga.socket_protocol.streams import Address
 
@@ -354,6 +354,9 @@ def check(settings: configs.Config) -> None:
         for text in settings.serve.connect:
             Address.parse(text, settings.serve.prefix)
         if settings.learn.enabled:
-            make_labeller(settings.label.method, **settings.label.options)
+            labeller = make_labeller(settings.label.method, **settings.label.options)
+            if isinstance(labeller, ClientLabeller):
+                for frame in templates:
+                    labeller.check(frame)
     except (OnlineError, TransportError) as error:
         raise DriverError(str(error)) from error

@@ -53,6 +53,11 @@ def forces_to_wire(value: Array) -> Array:
     return value / _FORCE
 
 
+def virial_from_wire(value: Array) -> Array:
+    """Virial -dE/dstrain, Hartree to eV; shape (3, 3), float64, a copy; the sign is the same inside and on the wire."""
+    return value * HARTREE
+
+
 def virial_to_wire(value: Array) -> Array:
     """Virial -dE/dstrain, eV to Hartree; shape (3, 3), float64, a copy; the sign is the same inside and on the wire."""
     return value / HARTREE

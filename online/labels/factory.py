@@ -58,7 +58,7 @@ def make_labeller(method: str, **options: Any) -> Labeller:
         return AseLabeller(rest, options)
     if name == "test":
         return _test_labeller(method, rest, options)
-    raise UnknownMethodError(method, "is not known; there are pyscf, ase:MODULE:CLASS and test:KIND")
+    raise UnknownMethodError(method, "is not known; there are pyscf, ase:MODULE:CLASS, ipi:ADDRESS and test:KIND")
 
 
 def _test_labeller(method: str, rest: str, options: dict[str, Any]) -> Labeller:
