@@ -55,6 +55,7 @@ class LearnerProcess:
         self._learner = Learner(self._potential, self._store, limits, method)
         self._version, self._path = 0, ""
         self._unlearnt = False
+        self._noted: dict[str, Any] = {}  # of what serves, as it stands on disk
         self._resume()
         self._busy: dict[str, bus.WorkerBusy] = {}
         self._sent: set[int] = set()  # tasks that this process gave out; what an earlier one had on its way went down with it
@@ -110,6 +111,8 @@ class LearnerProcess:
         if process.monotonic() >= self._due:
             self._due = process.monotonic() + _BEAT_S
             self._tell_gateway()
+            if self._learner.scale.known:
+                self._note_serving()  # what is known of a version's uncertainty must not be lost with this process
             self._report()
 
     def _gateway_message(self, message: bus.AnyMessage, buffers: list[bytes]) -> None:
@@ -229,9 +232,11 @@ class LearnerProcess:
         self._reporter.log("info", "update", version=number, ms=ms, **proposal.metrics)
 
     def _note_serving(self) -> None:
-        """On disk for a gateway that starts later, without the learner."""
+        """On disk for a gateway that starts later, without the learner, and for whoever evaluates the version in another process."""
         told = {"version": self._version, "path": self._path, "lpr_scale": self._scale(), "quantile": self._learner.quantile.q}
-        versions.write_whole(self._run_dir / versions.FOLDER / versions.SERVING, json.dumps(told).encode())
+        if told != self._noted:
+            versions.write_whole(self._run_dir / versions.FOLDER / versions.SERVING, json.dumps(told).encode())
+            self._noted = told
 
     def _scale(self) -> float | None:
         return self._learner.scale.sigma(1.0) if self._learner.scale.known else None

@@ -123,6 +123,23 @@ def test_a_run_goes_on_in_its_directory(folder: Path, atoms: Atoms) -> None:
 
 
 @pytest.mark.slow
+def test_a_calculator_has_the_uncertainty_of_a_server_that_learns(folder: Path, atoms: Atoms) -> None:
+    """What the learner finds out about the uncertainty is noted in the run directory, for calculators and for the next server."""
+    before = Tumbaga(dtype="float64", template=atoms)
+
+    def agreed(served: ServedCalculator) -> bool:
+        atoms.rattle(1e-3)
+        told, alone = served.get_property("force_std", atoms), Tumbaga(run="run").get_property("force_std", atoms)
+        return abs(told / alone - 1.0) < 1e-8 and abs(told / before.get_property("force_std", atoms) - 1.0) > 0.05
+
+    for labels in (0, None):
+        with serve(atoms, run_dir="run", labels=labels, dtype="float64") as calc:
+            atoms.rattle(0.2, seed=1)
+            calc.get_forces(atoms)
+            until(lambda calc=calc: agreed(calc), 20.0, "the learner's scale to be served and noted")  # type: ignore[misc]
+
+
+@pytest.mark.slow
 def test_the_readme_runs_as_it_stands(folder: Path, atoms: Atoms, capsys: pytest.CaptureFixture[str]) -> None:
     """The two pieces of Python under "From ASE": a server that learns, and then a calculator on its run directory."""
     section = README.read_text().partition("## From ASE")[2].partition("\n## ")[0]
