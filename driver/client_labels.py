@@ -105,7 +105,8 @@ class ClientLabeller:
         self.method = f"ipi:{address}({said})"
         self._kind, self._box, self._time_limit = kind, box, time_limit
         self._clients: Clients | None = None
-        self._futures: dict[int, tuple[Future[Label], int]] = {}  # ticket → result to come, atoms
+        self._futures: dict[int, Future[Label]] = {}  # by ticket
+        self._begun = 0
 
     def __repr__(self) -> str:
         return f"<ClientLabeller {self.method} {self._clients or 'closed'}>"
@@ -171,18 +172,20 @@ class ClientLabeller:
         self.open()
         assert self._clients is not None
         future: Future[Label] = Future()
+        self._begun += 1
         try:
-            ticket = self._clients.submit(self._on_the_wire(frame))
+            # flagged frames do not follow one another: with a rid of its own none is begun from the density of another one
+            ticket = self._clients.submit(self._on_the_wire(frame), rid=self._begun)
         except ProtocolError as problem:
             future.set_exception(LabelFailedError(str(problem)))
         else:
-            self._futures[ticket] = (future, len(frame))
+            self._futures[ticket] = future
         return future
 
     def turn(self, timeout: float = 0.0) -> None:
         """Talk to the clients, after waiting for at most `timeout` seconds."""
         for done in self._clients.turn(timeout) if self._clients is not None else ():
-            future, _ = self._futures.pop(done.ticket)
+            future = self._futures.pop(done.ticket)
             try:
                 future.set_result(self._label(done))
             except OnlineError as problem:
