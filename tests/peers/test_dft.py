@@ -250,4 +250,4 @@ def test_quantum_espresso_asks_for_init_and_gives_what_it_prints_without_the_soc
     assert np.allclose(result.forces, forces, rtol=0, atol=QE_CONSTANTS)
     volume = np.linalg.det(SKEWED / ase.units.Bohr)
     assert np.allclose(result.virial, stress * volume, rtol=0, atol=1e-8 * volume)
-    assert np.abs(stress[0, 1]) > 1e-6
+    assert np.abs(stress[0, 1]) > 1e-7  # ten times what the comparison lets pass
