@@ -78,7 +78,7 @@ class Label(_Section, frozen=True):
     """Who labels.
 
     Attributes:
-        method: "pyscf", "ase:MODULE:CLASS", or a test labeller.
+        method: "pyscf", "ase:MODULE:CLASS", "ipi:ADDRESS", or a test labeller.
         options: handed to the labeller, e.g. xc, basis, grid.
         workers: label processes, one core each.
         budget: labels at most in the life of the run directory, failed ones included; 0 for none.
