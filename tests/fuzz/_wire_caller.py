@@ -81,7 +81,8 @@ class Caller:
         shared: bool | str = case["dialect"] == "shared"
         if shared and not self.driver:
             shared = f"{prefix}{self.dice(1 << 30):x}_"
-        self.connection = Connection(Role(case["role"]), LIMITS[case["limits"]], shared=shared)
+        expected = case["expected"] if self.driver else None
+        self.connection = Connection(Role(case["role"]), LIMITS[case["limits"]], expected, shared=shared)
         self.todo: Callable[[], object] | None = None  # DRIVER: what we owe
         self.measures = (0, 0)
         self.strayed = False  # ENGINE: whether we said something that the script did not have
@@ -183,6 +184,8 @@ class Caller:
         elif isinstance(event, PosData | PosBatch):
             self.measures = (0, len(event.positions)) if isinstance(event, PosData) else (len(event), event.atoms)
             self.todo = self.connection.complete
+        elif isinstance(event, Init) and not self.dice(3):
+            self.connection.expect(self.case["atoms"] if self.case["kind"] == "valid" else (None, 1, 4, 100)[self.dice(4)])
         elif isinstance(event, GetForce):
             self.todo = partial(self.say, answer(*self.measures))
 

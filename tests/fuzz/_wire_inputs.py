@@ -30,7 +30,7 @@ from tumbaga.socket_protocol.shm import KINDS
 PREFIX: Final = "ipi_shm_fuzz_00000000_"  # in inputs; replaced by a name of this process, of the same length
 LIMITS: Final = {
     "small": Limits(max_atoms=4, max_init=64, max_extras=48, max_batch=4, max_message=4096),
-    "tight": Limits(max_atoms=4, max_init=64, max_extras=48, max_batch=4, max_message=600),  # below what the others allow together
+    "tight": Limits(max_atoms=4, max_init=64, max_extras=48, max_batch=4, max_message=560),  # below what the others allow together
     "default": Limits(),
 }
 DIALECTS: Final = ("single", "single", "batched", "batched", "shared")
@@ -186,6 +186,7 @@ def make_case(rng: random.Random) -> Case:
     data = b"".join(parts)
     return {
         "kind": kind, "role": role, "dialect": dialect, "size": size, "atoms": atoms, "classic": classic, "limits": limits,
+        "expected": pick(rng, (None, atoms) if kind == "valid" else (None, None, None, atoms, 2)),
         "caller": rng.getrandbits(62), "chunks": chunking(rng, data), "data": data,
     }  # fmt: skip
 
