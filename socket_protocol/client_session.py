@@ -9,12 +9,13 @@ Source: "Communication protocol" in the i-PI documentation; and what ASE, i-PI's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tumbaga.socket_protocol.connection import Connection, Limits, Role, State, Wait
 from tumbaga.socket_protocol.errors import OutOfTurnError
 from tumbaga.socket_protocol.events import Event, Exit, ForceReady, GetForce, HaveData, Init, NeedInit, Ready, Status
-from tumbaga.socket_protocol.peers import Peer, Placed
+from tumbaga.socket_protocol.jobs import Answered, Job
+from tumbaga.socket_protocol.peers import Peer
 from tumbaga.socket_protocol.streams import Stream
 
 _MOST_INITS = 2  # for one job; who asks again does not listen
@@ -46,39 +47,6 @@ class ClientLimits:
     newcomers: int = 20
     max_atoms: int = 100_000
     max_extras: int = 1 << 20
-
-
-@dataclass(eq=False)
-class Job:
-    """A frame that waits for its forces.
-
-    Attributes:
-        ticket: its number.
-        placed: the frame as the client gets it.
-        rid: names its trajectory in INIT; clients that ask keep what they know of a trajectory, such as its density.
-        problems: what went wrong with each client that had the frame.
-        withdrawn: nobody wants the result any more.
-    """
-
-    ticket: int
-    placed: Placed
-    rid: int
-    problems: list[str] = field(default_factory=list)
-    withdrawn: bool = False
-
-    @property
-    def atoms(self) -> int:
-        """How many atoms it has."""
-        return len(self.placed.sent.positions)
-
-
-@dataclass(frozen=True, eq=False)
-class Answered:
-    """A job and what the client answered, `seconds` after it got the frame."""
-
-    job: Job
-    answer: ForceReady
-    seconds: float
 
 
 class ClientGoneError(Exception):

@@ -14,19 +14,19 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
 from tumbaga.socket_protocol.addresses import Address
-from tumbaga.socket_protocol.client_extras import NOTHING, ClientExtras, read_extras
-from tumbaga.socket_protocol.client_session import Answered, Client, ClientGoneError, ClientLimits, Job
+from tumbaga.socket_protocol.client_extras import NOTHING, read_extras
+from tumbaga.socket_protocol.client_session import Client, ClientGoneError, ClientLimits
 from tumbaga.socket_protocol.connection import Connection, Role, State
 from tumbaga.socket_protocol.door import Door, listen_everywhere
-from tumbaga.socket_protocol.errors import ProtocolError, RemoteProtocolError
+from tumbaga.socket_protocol.errors import RemoteProtocolError
 from tumbaga.socket_protocol.events import Exit, PosData
-from tumbaga.socket_protocol.peers import Result, peer_of, place
+from tumbaga.socket_protocol.jobs import Answered, Finished, Job, JobFailedError
+from tumbaga.socket_protocol.peers import peer_of, place
 from tumbaga.socket_protocol.streams import Listener
 
 _log = logging.getLogger(__name__)
@@ -35,38 +35,6 @@ __all__ = ["ClientLimits", "Clients", "Finished", "JobFailedError"]
 
 _ATTEMPTS: Final = 2  # clients that a job is given to
 DEFAULT_LIMITS: Final = ClientLimits()
-
-
-class JobFailedError(ProtocolError):
-    """No client could compute the forces of a frame."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return self.problem
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """How a job ended.
-
-    Attributes:
-        ticket: its number.
-        result: energy, forces and virial in the frame that was submitted; None if it failed.
-        extras: what else the client said.
-        problem: why it failed, one sentence; empty if it did not.
-        client: who computed it, or failed last.
-        seconds: from handing out the frame to its forces; 0 if it failed.
-    """
-
-    ticket: int
-    result: Result | None
-    extras: ClientExtras = NOTHING
-    problem: str = ""
-    client: str = ""
-    seconds: float = 0.0
 
 
 class Clients:
