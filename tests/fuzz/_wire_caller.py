@@ -210,10 +210,9 @@ class Caller:
             self.say(Init(1, b" batch_size:%d" % case["size"] if case["dialect"] != "single" and case["size"] > 1 else b" "))
             self.say(Status())
         elif connection.state is State.READY and not connection.unanswered:
-            self.say(frame(0 if case["dialect"] == "single" else case["size"], case["atoms"]))
-            if not case["classic"] and connection.state is State.COMPUTING:
-                self.say(GetForce())
-            if connection.state is not State.READY:
+            if self.say(frame(0 if case["dialect"] == "single" else case["size"], case["atoms"])):
+                if not case["classic"]:
+                    self.say(GetForce())
                 self.say(Status())
         elif isinstance(event, HaveData) and connection.state is State.HAVEDATA:
             self.say(GetForce())
@@ -222,18 +221,20 @@ class Caller:
 
     # both
 
-    def say(self, event: Event) -> None:
-        """Send what is right: it must not be refused."""
+    def say(self, event: Event) -> bool:
+        """Send what is right: it must not be refused. Return whether it was sent, which an ENGINE that strayed cannot know before."""
         try:
             self.connection.send(event)
         except LocalProtocolError as error:
-            out_of_script = self.strayed or (not self.driver and self.case["limits"] != "small") or self.case["kind"] != "valid"
+            out_of_script = self.strayed or self.case["limits"] != "small" or self.case["kind"] != "valid"
             if self.driver or not out_of_script:
                 raise BrokenError(f"{event.word} is right and was refused: {error}") from error
+            return False
         except SharedMemoryError:
             raise
         except RemoteProtocolError as error:
             raise BrokenError(f"sending {event.word} put the blame on the peer: {error!r}") from error
+        return True
 
     def blunder(self, event: Event) -> None:
         """Try what is mostly not allowed: it changes nothing, or it was allowed."""

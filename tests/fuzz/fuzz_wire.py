@@ -18,6 +18,7 @@ import argparse
 import ast
 import contextlib
 import json
+import os
 import random
 import resource
 import sys
@@ -43,7 +44,7 @@ WARM_UP: Final = 2000
 @contextlib.contextmanager
 def segments() -> Iterator[str]:
     """Make segments that inputs can name; yield what their names begin with instead of PREFIX. Nothing is left behind."""
-    prefix = f"ipi_shm_fuzz_{random.SystemRandom().getrandbits(32):08x}_"
+    prefix = f"ipi_shm_fuzz_{os.getpid():08x}_"  # as long as PREFIX
     try:
         refill(prefix)
         yield prefix
@@ -86,24 +87,30 @@ class Findings:
 def run(inputs: int, seed: int, findings: Findings, progress: Callable[[int], None] = lambda done: None) -> int:
     """Try so many inputs; return how many were tried when it is done, or interrupted."""
     rng, done = random.Random(seed), 0
-    with segments() as prefix, warnings.catch_warnings():
+    with segments() as prefix, warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
         warnings.simplefilter("error")
-        for done in range(1, inputs + 1):
-            case: Case | None = None
-            try:
-                if done % 5:
-                    case = make_case(rng)
-                    run_case(case, prefix, findings.told)
-                else:
-                    try_texts(rng)
-            except KeyboardInterrupt:
-                return done - 1
-            except BaseException as error:  # noqa: BLE001  whatever it is, it is a finding
-                findings.add(error, case)
+        while done < inputs:
+            try_one(rng, done, prefix, findings)
+            done += 1
             if done % 1000 == 0:
                 refill(prefix)
                 progress(done)
     return done
+
+
+def try_one(rng: random.Random, number: int, prefix: str, findings: Findings) -> None:
+    """Try the next input: four conversations, then a text."""
+    case: Case | None = None
+    try:
+        if number % 5:
+            case = make_case(rng)
+            run_case(case, prefix, findings.told)
+        else:
+            try_texts(rng)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  whatever it is, it is a finding
+        findings.add(error, case)
 
 
 def main(argv: list[str] | None = None) -> int:

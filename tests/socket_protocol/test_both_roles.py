@@ -146,7 +146,7 @@ class Talk(RuleBasedStateMachine):
         assert self.driver.next_event() is PAUSED
         todo, self.todo = self.todo, None
         if isinstance(todo, Status):
-            truth = {State.NEEDINIT: NeedInit(), State.READY: Ready(), State.HAVEDATA: HaveData()}
+            truth: dict[State, Event] = {State.NEEDINIT: NeedInit(), State.READY: Ready(), State.HAVEDATA: HaveData()}
             self.write(self.driver, truth[self.driver.state])
         elif isinstance(todo, GetForce):
             assert self.result is not None

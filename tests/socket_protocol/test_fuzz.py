@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tumbaga.socket_protocol import connection
+from tumbaga.socket_protocol import codec, connection
 from tumbaga.socket_protocol.connection import Connection, Wait
 from tumbaga.socket_protocol.errors import RemoteProtocolError
 
@@ -33,11 +34,11 @@ def test_any_input_gives_an_event_or_a_pause_or_a_remote_error_within_the_memory
     words = {"STATUS", "INIT", "POSDATA", "GETFORCE", "NEEDINIT", "READY", "HAVEDATA", "FORCEREADY"}
     errors = {error.__name__ for error in RemoteProtocolError.__subclasses__()}
     assert (words | errors) - set(findings.told) <= {"ReadAheadError"}, "the inputs do not reach everything"
-    assert not list(SHM.glob("ipi_shm_fuzz_*"))
+    assert not list(SHM.glob(f"ipi_shm_fuzz_{os.getpid():08x}_*"))
 
 
 def broken_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = connection.decode, iter(range(10**9))
+    real, calls = codec.decode, iter(range(10**9))
 
     def decode(*arguments: Any) -> Any:
         if next(calls) == 400:
@@ -82,7 +83,7 @@ def test_the_fuzzer_finds_what_is_broken_and_prints_an_input_that_shows_it_again
     if break_it is not broken_decode:  # which breaks once
         with fuzz.segments() as prefix, pytest.raises(Exception, match=sentence):
             fuzz.run_case(case, prefix, findings.told)
-    assert not list(SHM.glob("ipi_shm_fuzz_*"))
+    assert not list(SHM.glob(f"ipi_shm_fuzz_{os.getpid():08x}_*"))
 
 
 def test_an_interrupted_run_says_how_far_it_came(

@@ -84,7 +84,7 @@ class Bench:
         if self.size:
             made[PosData] = PosBatch.of([SINGLE_FRAME], self.size)
             made[ForceReady] = ForceBatch.of([SINGLE_RESULT], self.size)
-        return made[word] if word in made else word()  # type: ignore[index, return-value, call-arg]
+        return made[word] if word in made else word()  # type: ignore[return-value, call-arg]
 
     def init(self) -> Init:
         return Init(0, b" batch_size:%d" % SIZE if self.dialect != "single" else b" ")
