@@ -6,6 +6,7 @@ It may die at any time: the gateway keeps every frame until its answer is there,
 from __future__ import annotations
 
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from tumbaga.online.ports import Trainable
 from tumbaga.online.records import Array, Frame
 from tumbaga.online.uncertainty import force_std
 from tumbaga.socket_protocol import bus
+from tumbaga.socket_protocol.link import Line
 
-_IDLE_MS = 1000
+_IDLE_S = 1.0
+_RETRY_S = 0.05  # between two attempts to reach a gateway that is being started
 
 
 class Evaluator:
@@ -30,32 +33,28 @@ class Evaluator:
 
     Args:
         slot: the potential and its versions.
-        endpoint: DEALER to the gateway.
+        line: to the gateway.
         name: under which the gateway knows it.
         lpr_scale: eV/Å of force std per unit of last-layer score, or None.
     """
 
-    def __init__(self, slot: Slot, endpoint: bus.Endpoint, name: str, lpr_scale: float | None) -> None:
-        self._slot, self._endpoint, self._name, self._lpr_scale = slot, endpoint, name, lpr_scale
+    def __init__(self, slot: Slot, line: Line, name: str, lpr_scale: float | None) -> None:
+        self._slot, self._line, self._name, self._lpr_scale = slot, line, name, lpr_scale
         self._seen = 0
 
     def announce(self) -> None:
         """Tell the gateway that we are here."""
         spec = self._slot.potential.spec
-        self._endpoint.send(bus.EvaluatorReady(self._name, os.getpid(), self._seen, self._lpr_scale, tuple(spec.elements), spec.name))
+        self._line.send(bus.EvaluatorReady(self._name, os.getpid(), self._seen, self._lpr_scale, tuple(spec.elements), spec.name))
 
-    def turn(self) -> bool:
-        """Handle one message if one waits; return whether there was one."""
-        received = self._endpoint.receive()
-        if received is None:
-            return False
-        _, message, buffers = received
-        if isinstance(message, bus.Evaluate):
-            self._seen = message.batch
-            self._endpoint.send(*self._evaluate(message, buffers))
-        elif isinstance(message, bus.Load):
-            self._endpoint.send(self._load(message))
-        return True
+    def turn(self) -> None:
+        """Handle what has come; waits if nothing has."""
+        for message, buffers in self._line.receive():
+            if isinstance(message, bus.Evaluate):
+                self._seen = message.batch
+                self._line.send(*self._evaluate(message, buffers))
+            elif isinstance(message, bus.Load):
+                self._line.send(self._load(message))
 
     def _load(self, message: bus.Load) -> bus.Loaded:
         try:
@@ -78,11 +77,11 @@ def _frames(message: bus.Evaluate, buffers: list[bytes]) -> list[Frame]:
     numbers = bus.array(buffers[0], np.int64, (total,))
     positions = bus.array(buffers[1], np.float64, (total, 3))
     cells = bus.array(buffers[2], np.float64, (many, 3, 3))
-    ends = np.cumsum(message.counts)
-    return [
-        Frame(numbers[end - count : end], positions[end - count : end], cells[i], message.periodic[i])
-        for i, (count, end) in enumerate(zip(message.counts, ends, strict=True))
-    ]
+    frames, end = [], 0
+    for count, cell, periodic in zip(message.counts, cells, message.periodic, strict=True):
+        rows = slice(end, end := end + count)
+        frames.append(Frame.checked(numbers[rows], positions[rows], cell, periodic))  # the gateway has checked them
+    return frames
 
 
 def _packed(batch: int, answers: list[Answer], seconds: float) -> tuple[bus.Evaluated, list[Array]]:
@@ -127,18 +126,20 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     lpr_scale = warm_up(slot, template)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, name)
-    endpoint = bus.Endpoint(context, zmq.DEALER, bus.EVALUATORS, bind=False, identity=name)
-    evaluator = Evaluator(slot, endpoint, name, lpr_scale)
+    line = Line(bus.EVALUATORS, name)
+    evaluator = Evaluator(slot, line, name, lpr_scale)
     reporter.log("info", "ready", potential=slot.potential.spec.name, pid=os.getpid())
-    poller = zmq.Poller()
-    poller.register(endpoint.socket, zmq.POLLIN)
-    poller.register(lifeline.fileno(), zmq.POLLIN)
-    evaluator.announce()
     while not lifeline.cut_off:
-        if not poller.poll(_IDLE_MS):
+        if line.fileno() < 0:
+            if not line.connect():
+                lifeline.wait(_RETRY_S)
+                continue
             evaluator.announce()
-        while not lifeline.cut_off and evaluator.turn():
-            pass
+        readable, _, _ = select.select([line.fileno(), lifeline.fileno()], [], [], _IDLE_S)
+        if line.fileno() in readable:
+            evaluator.turn()
+        elif not readable:
+            evaluator.announce()
 
 
 if __name__ == "__main__":

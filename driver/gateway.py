@@ -29,9 +29,11 @@ from tumbaga.online.ramp import Mix, swap_work, weight_step
 from tumbaga.online.records import Array, Prediction, Reason
 from tumbaga.socket_protocol import bus
 from tumbaga.socket_protocol.errors import NotYetError, ProtocolError, TransportError
+from tumbaga.socket_protocol.link import Hub
 from tumbaga.socket_protocol.streams import Address, Backoff, Dialling, Stream, dial
 
 _REPORT_S = 0.5
+_EVALUATORS = "evaluators"  # in the selector; sessions have a colon in their names
 _MAX_UNSENT = 256  # candidates kept while the learner is away
 TEMPLATE = "template.json"  # what the gateway needs of the templates: it cannot read structure files without slow imports
 
@@ -58,7 +60,7 @@ class Gateway:
         serving: bus.Serve,
     ) -> None:
         self._settings, self._reporter = settings, reporter
-        self._evaluators = bus.Endpoint(context, zmq.ROUTER, bus.EVALUATORS, bind=True)
+        self._evaluators = Hub(bus.EVALUATORS)
         self._learner = bus.Endpoint(context, zmq.ROUTER, bus.LEARNER, bind=True)
         serve = settings.serve
         self._pool = Pool(self._evaluators, process.monotonic, serve.committee, serve.window_ms / 1000.0)
@@ -94,18 +96,22 @@ class Gateway:
 
     def run(self, lifeline: process.Lifeline) -> None:
         """Serve until told to leave; then hang up on every engine."""
-        for fixed in (self._evaluators.socket.getsockopt(zmq.FD), self._learner.socket.getsockopt(zmq.FD), lifeline.fileno()):
-            assert isinstance(fixed, int)
-            self._selector.register(fixed, selectors.EVENT_READ, "")
+        learner = self._learner.socket.getsockopt(zmq.FD)
+        assert isinstance(learner, int)
+        for fixed, name in ((self._evaluators.fileno(), _EVALUATORS), (learner, ""), (lifeline.fileno(), "")):
+            self._selector.register(fixed, selectors.EVENT_READ, name)
         held: float | None = None
         while not lifeline.cut_off:
-            events = self._selector.select(self._patience(held))
-            for key, _ in events:
-                if key.data and (session := self.sessions[key.data]).name not in self._restless:
-                    self._engine_event(session)
+            for key, _ in self._selector.select(self._patience(held)):
+                if key.data == _EVALUATORS:
+                    for received in self._evaluators.receive():
+                        self._evaluator_message(*received)
+                elif key.data and key.data not in self._restless:
+                    self._engine_event(self.sessions[key.data])
             for name in tuple(self._restless):
                 self._engine_event(self.sessions[name])
-            self._bus_events()
+            while self._learner.waiting:
+                self._learner_event()
             held = self._pool.dispatch()
             if process.monotonic() >= self._next_chore:
                 self._chores()
@@ -113,10 +119,11 @@ class Gateway:
             session.hang_up()
         self._report(now=True)
         self._selector.close()
+        self._evaluators.close()
 
     def _patience(self, held: float | None) -> float:
         # the descriptors of zmq tell of changes only: what came while we were at work is seen by asking
-        if self._restless or self._evaluators.waiting or self._learner.waiting:
+        if self._restless or self._learner.waiting:
             return 0.0
         patience = max(0.0, self._next_chore - process.monotonic())
         return patience if held is None else min(patience, held)
@@ -264,17 +271,6 @@ class Gateway:
 
     # -- answers ---------------------------------------------------------------------------------------------------------------------
 
-    def _bus_events(self) -> None:
-        for endpoint, handle in ((self._evaluators, self._evaluator_message), (self._learner, self._learner_message)):
-            while endpoint.waiting:
-                try:
-                    received = endpoint.receive()
-                except msgspec.DecodeError as error:
-                    self._error(f"a message on the bus could not be read: {error}")
-                    continue
-                if received is not None:
-                    handle(*received)
-
     def _evaluator_message(self, sender: str, message: bus.AnyMessage, buffers: list[bytes]) -> None:
         if isinstance(message, bus.Evaluated):
             for outcome in self._pool.done(sender, message, buffers):
@@ -377,8 +373,13 @@ class Gateway:
     def _tell_learner(self, message: bus.NowServing) -> None:
         self._learner.send(message, to=bus.LEARNER)
 
-    def _learner_message(self, sender: str, message: bus.AnyMessage, buffers: list[bytes]) -> None:
-        if isinstance(message, bus.Serve) and self._rollout.wanted(message):
+    def _learner_event(self) -> None:
+        try:
+            received = self._learner.receive()
+        except msgspec.DecodeError as error:
+            self._error(f"a message of the learner could not be read: {error}")
+            return
+        if received is not None and isinstance(message := received[1], bus.Serve) and self._rollout.wanted(message):
             self._reporter.log("info", "swap", version=message.version)
 
     # -- report ----------------------------------------------------------------------------------------------------------------------

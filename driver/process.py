@@ -32,7 +32,7 @@ class Reporter:
     """Sends log lines and state to the supervisor, from one thread; drops them rather than wait."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], process: str) -> None:
-        self._process = process
+        self._process, self._context = process, context
         self._endpoint = bus.Endpoint(context, zmq.PUSH, bus.SUPERVISOR, bind=False)
 
     def log(self, level: str, event: str, **detail: Any) -> None:
@@ -44,9 +44,11 @@ class Reporter:
         self._endpoint.send(bus.Report(self._process, state))
 
     def close(self, patience_ms: int = 500) -> None:
-        """Send what is left, for so long at most, and close."""
+        """Send what is left, for so long at most, and close all sockets of the context: the process is about to end."""
         self._endpoint.socket.linger = patience_ms
         self._endpoint.close()
+        # sending is done by a thread of zmq, which the end of the process would cut off: this waits for it
+        self._context.destroy()
 
 
 class Lifeline:
@@ -70,6 +72,10 @@ class Lifeline:
         if not self._stop.is_set():
             self._stop.set()
             os.write(self._write_end, b"x")
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long for the moment to leave; return whether it has come."""
+        return self._stop.wait(seconds)
 
     @property
     def cut_off(self) -> bool:

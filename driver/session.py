@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from selectors import EVENT_WRITE
 
-import numpy as np
-
 from tumbaga.driver import units
+from tumbaga.driver.box import VacuumBox
 from tumbaga.driver.errors import ConfigError
 from tumbaga.driver.species import Species, agreed, check_known
 from tumbaga.online.errors import BadFrameError
 from tumbaga.online.flagging import Flagger
 from tumbaga.online.ramp import RampState
-from tumbaga.online.records import Array, Frame, Prediction
+from tumbaga.online.records import Frame, Prediction
 from tumbaga.socket_protocol.connection import NEED_DATA, PAUSED, Connection, Role
 from tumbaga.socket_protocol.errors import RemoteProtocolError
 from tumbaga.socket_protocol.events import Exit, ForceBatch, ForceReady, GetForce, Init, PosBatch, PosData, Status
 from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Backoff, Dialling, Stream
 
-_FLAT = 1e-6  # Å^3: a cell of less is none
 _TURN = 8  # messages that one engine may have answered before the others get their turn
 _CHATTER = 2000  # messages without a frame within a second: no engine has a reason for more
 _CHATTER_S = 1.0
@@ -92,6 +90,7 @@ class Session:
         self.faults = 0  # times in a row that a conversation ended with the same fault
         self.last_fault = self.given_up = ""
         self.swap_work = self.last_score = 0.0  # eV, eV/Å
+        self._box = VacuumBox()
         self._begin()
 
     def _begin(self) -> None:
@@ -187,7 +186,7 @@ class Session:
             event = self._connection.next_event()
             if event is NEED_DATA or event is PAUSED:
                 return None
-            if isinstance(event, PosData | PosBatch):
+            if isinstance(event, (PosData, PosBatch)):
                 return self._asked(event)
             if isinstance(event, Exit):
                 return Ended()
@@ -235,10 +234,10 @@ class Session:
         if not event.periodic:
             if species.periodic:
                 raise ConfigError("cell", f"{species.source} is periodic, but the engine sends no cell; give one of the two what it lacks")
-            return Frame(species.numbers, positions)
+            return Frame.checked(species.numbers, positions)
         cell = units.length_from_wire(event.cell)
         if species.periodic is False:
-            return Frame(species.numbers, _made_whole(positions, cell))
+            return Frame.checked(species.numbers, self._box.made_whole(positions, cell))
         return Frame(species.numbers, positions, cell, True)
 
     def answer(self, results: Sequence[tuple[Prediction, bytes]], now: float = 0.0) -> Result:
@@ -279,18 +278,3 @@ class Session:
         self._connection.close()
         self.stream = self.dialling = None
         self.waiting = False
-
-
-def _made_whole(positions: Array, cell: Array) -> Array:
-    """Positions of a cluster in a vacuum box, shape (n_atoms, 3), Å, put together again if the engine folded atoms into the box.
-
-    A cluster wider than half the box is taken to be folded; each atom then goes to its image nearest to the first one.
-    """
-    if abs(np.linalg.det(cell)) < _FLAT:
-        return positions  # a cell without a volume, as ASE has it for a slab, folds nothing
-    fractional = positions @ np.linalg.inv(cell)
-    if np.ptp(fractional, axis=0).max() <= 0.5:
-        return positions
-    away = fractional - fractional[0]
-    whole: Array = (fractional - np.round(away)) @ cell
-    return whole

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+_ROUNDING = 1e-9  # s
+
 
 @dataclass(eq=False)
 class _Group:
@@ -45,7 +47,7 @@ class Window:
     def open(self, group: str) -> bool:
         """Whether the frames of a group may leave."""
         known = self._groups.get(group)
-        return known is None or known.here >= known.expected or self._clock() - known.since >= self._seconds
+        return known is None or known.here >= known.expected or self._clock() - known.since >= self._seconds - _ROUNDING
 
     def left(self, group: str) -> None:
         """The frames of a group that were here have left to be computed."""

@@ -6,6 +6,8 @@ Only what a gateway needs on every step from the first one on: absolute limits, 
 from __future__ import annotations
 
 import enum
+import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +78,8 @@ def check_numbers(positions: npt.ArrayLike, cell: npt.ArrayLike) -> Finding:
 
 def check_frame(frame: Frame, overlap: float = OVERLAP_RATIO) -> Finding:
     """Judge the geometry: DEAD if any pair is nearer than `overlap` times the sum of its covalent radii."""
+    if _far_apart(frame, overlap * 2.0 * _largest_radius(frame.numbers.tobytes())):
+        return QUIET
     ratio, first, second = closest_pair(frame)
     if ratio >= overlap:
         return QUIET
@@ -86,12 +90,35 @@ def check_frame(frame: Frame, overlap: float = OVERLAP_RATIO) -> Finding:
 def check_prediction(prediction: Prediction, max_force: float = MAX_FORCE) -> Finding:
     """Judge what a potential said: CRIT if anything is not finite, DEAD if a force is beyond `max_force` (eV/Å)."""
     forces = prediction.forces
+    together = float(np.vdot(forces, forces))
+    # the usual case in two products: all forces together are below the limit for one, and NaN is below nothing
+    if together <= max_force**2 and math.isfinite(prediction.energy) and math.isfinite(np.vdot(prediction.virial, prediction.virial)):
+        return QUIET
     largest = float(np.einsum("ij,ij->i", forces, forces).max())  # the square; NaN and inf survive it
     if not np.isfinite(largest) or not prediction.finite:
         return Finding(Verdict.CRIT, "the potential returned a number that is not finite")
     if largest > max_force**2:
         return Finding(Verdict.DEAD, f"the largest force is {np.sqrt(largest):.0f} eV/Å, more than {max_force:.0f}")
     return QUIET
+
+
+@functools.lru_cache(maxsize=256)
+def _largest_radius(numbers: bytes) -> float:
+    """The largest covalent radius, Å, of atoms given as int64 atomic numbers; a run asks for the same again and again."""
+    return float(COVALENT_RADII[np.frombuffer(numbers, np.int64)].max())
+
+
+def _far_apart(frame: Frame, distance: float) -> bool:
+    """Whether all atoms are further apart than `distance`, Å: the usual case, for which nobody needs to know the pair."""
+    if len(frame) > _BLOCK or frame.periodic:
+        return False
+    centred = frame.positions - frame.positions[0]  # far-away clusters would lose digits
+    products = centred @ centred.T
+    norms = products.diagonal()
+    squares = norms[:, None] + norms
+    squares -= 2.0 * products
+    squares.flat[:: len(frame) + 1] = np.inf
+    return bool(squares.min() > distance * distance)
 
 
 def closest_pair(frame: Frame) -> tuple[float, int, int]:

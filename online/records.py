@@ -28,6 +28,10 @@ def _checked(what: str, value: npt.ArrayLike, shape: tuple[int, ...]) -> Array:
     return array
 
 
+_NO_CELL: Array = np.zeros((3, 3))
+_NO_CELL.flags.writeable = False
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """One configuration.
@@ -56,6 +60,16 @@ class Frame:
         object.__setattr__(self, "cell", _checked("cell", self.cell, (3, 3)))
         if self.periodic and abs(np.linalg.det(self.cell)) < 1e-6:
             raise BadFrameError("cell", "has no volume, but the frame is periodic")
+
+    @classmethod
+    def checked(cls, numbers: Ints, positions: Array, cell: Array | None = None, periodic: bool = False) -> Frame:
+        """Make a frame of arrays that were checked before, with the shapes and types above: the force path checks once."""
+        frame = object.__new__(cls)
+        object.__setattr__(frame, "numbers", numbers)
+        object.__setattr__(frame, "positions", positions)
+        object.__setattr__(frame, "cell", _NO_CELL if cell is None else cell)
+        object.__setattr__(frame, "periodic", periodic)
+        return frame
 
     def __len__(self) -> int:
         return int(self.numbers.size)

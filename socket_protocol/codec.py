@@ -231,9 +231,9 @@ def encode(event: Event, layout: Layout | None = None) -> bytes:
     whole = _WHOLE.get(type(event))
     if whole is not None:
         return whole
-    if isinstance(event, ForceReady | ForceBatch):
+    if isinstance(event, (ForceReady, ForceBatch)):
         return (layout or SINGLE).pack_forceready(event)
-    if isinstance(event, PosData | PosBatch):
+    if isinstance(event, (PosData, PosBatch)):
         return (layout or SINGLE).pack_posdata(event)
     assert isinstance(event, Init)  # the last of the union
     text = event.text or b" "

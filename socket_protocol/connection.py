@@ -56,6 +56,8 @@ _HELD_FRAMES = 2  # the one being computed or waiting to be, and one behind it
 _HELD_MESSAGES = 16  # of any kind; i-PI sends an extra STATUS now and then
 _SLACK = 1 << 21  # what a stream may deliver in one turn, beyond whole messages
 _POSDATA = header_of(PosData)
+_FRAMES = (PosData, PosBatch)  # tuples: a union would be built anew at every test of a type
+_RESULTS = (ForceReady, ForceBatch)
 _ARRAYS = ("cell", "cells", "positions")
 _NOTHING = np.zeros(0)
 
@@ -254,7 +256,7 @@ class Connection:
         if not self._held:
             return NEED_DATA
         event, layout = self._held.popleft()
-        if isinstance(event, PosData | PosBatch):
+        if isinstance(event, _FRAMES):
             self._answers = layout
         return self._take(event)
 
@@ -337,7 +339,7 @@ class Connection:
             self._enter(state)
         if kind is Status or kind is GetForce:
             self._unanswered.append(kind)
-        elif isinstance(event, PosData | PosBatch):
+        elif isinstance(event, _FRAMES):
             self._begin(event)
         elif isinstance(event, Init):
             self._atoms = self._expected_atoms
@@ -345,7 +347,7 @@ class Connection:
             self._forget()
         elif self._role is Role.ENGINE:
             self._unanswered.popleft()
-            if isinstance(event, ForceReady | ForceBatch):
+            if isinstance(event, _RESULTS):
                 self._frame = None
         return event
 
@@ -361,7 +363,7 @@ class Connection:
         """Whether more may be cut ahead of its turn."""
         if not self._held:
             return True
-        frames = (self._state is State.COMPUTING) + sum(isinstance(event, PosData | PosBatch) for event, _ in self._held)
+        frames = (self._state is State.COMPUTING) + sum(isinstance(event, _FRAMES) for event, _ in self._held)
         return len(self._held) < _HELD_MESSAGES and frames < _HELD_FRAMES
 
     def _may_cut(self) -> bool:
@@ -442,16 +444,16 @@ class Connection:
         if request is not None:
             return bool(self._unanswered) and self._unanswered[0] is request
         # as ENGINE: an answer under way would be about the time before this message
-        return not (self._unanswered and isinstance(event, Init | PosData | PosBatch))
+        return not (self._unanswered and isinstance(event, (Init, PosData, PosBatch)))
 
     def _encoded(self, event: Event) -> bytes:
         """Return the bytes of a message, after refusing what is well formed and would still break the peer."""
-        if isinstance(event, ForceReady | ForceBatch):
+        if isinstance(event, _RESULTS):
             keys = self._check_answer(event)
             data = encode(event, self._answers)
             self._extras_keys = keys
             return data
-        if isinstance(event, PosData | PosBatch):
+        if isinstance(event, _FRAMES):
             atoms = _measures(event)[1]
             if self._expected_atoms not in (None, atoms):
                 raise AnswerAtomCountError(self._expected_atoms or 0, atoms)
@@ -485,13 +487,13 @@ class Connection:
             self._unanswered.append(kind)
         elif isinstance(event, Init):
             self._announced(event)
-        elif isinstance(event, PosData | PosBatch):
+        elif isinstance(event, _FRAMES):
             self._begin(event)
         elif kind is Exit:
             self._forget()
         elif kind in REQUEST_OF:
             self._unanswered.popleft()
-            if isinstance(event, ForceReady | ForceBatch):
+            if isinstance(event, _RESULTS):
                 self._frame = None
 
 

@@ -87,6 +87,9 @@ class PosData:
         >>> PosData(np.zeros((3, 3)), np.zeros((1, 3))).periodic, PosData(np.eye(3)[::-1] * 9.0, np.zeros((1, 3))).periodic
         (False, True)
         """
+        first = float(self.cell[0, 0])
+        if first and abs(first + _ANGSTROM) > _NO_CELL_TOLERANCE:
+            return True  # neither of the two forms begins like this
         if not self.cell.any():
             return False
         return bool(np.abs(self.cell + _ANGSTROM * np.eye(3)).max() > _NO_CELL_TOLERANCE)
