@@ -74,13 +74,14 @@ def run(
     goes on where it stopped.
     """
     from tumbaga.driver import engines
+    from tumbaga.driver.backends import registry
 
     if example not in EXAMPLES:
         raise ConfigError("EXAMPLE", f"there is no example {example!r}; there is {', '.join(EXAMPLES)}")
     folder = (run_dir or _new_folder(example)).absolute()
     settings = configs.Config(
         serve=configs.Serve(),
-        potential=configs.Potential(model=model, template=str(EXAMPLES[example])),
+        potential=configs.Potential(model=registry.absolute(model), template=str(EXAMPLES[example])),
         flag=configs.Flag(spacing=50),
         seed=seed,
     )
@@ -142,6 +143,8 @@ def serve(
 
         tumbaga serve -m toy:lj -t init.xyz --connect tcp:127.0.0.1:31415 --connect unix:second=other.xyz --no-learn
     """
+    from tumbaga.driver.backends import registry
+
     folder = (run_dir or _new_folder("serve")).absolute()
     settings = configs.load(folder) if (folder / configs.FILE).exists() else None
     given = [text.partition("=") for text in connect or ()]
@@ -153,7 +156,7 @@ def serve(
     potential = settings.potential
     if template is not None:
         potential = msgspec.structs.replace(potential, template=str(template.absolute()))
-    potential = msgspec.structs.replace(potential, model=model or potential.model)
+    potential = msgspec.structs.replace(potential, model=registry.absolute(model) if model else potential.model)
     connected = settings.serve
     if addresses:
         templates = {text: str(Path(file).absolute()) for text, _, file in given if file}

@@ -38,7 +38,7 @@ _OPTIONS: Final = ("kind", "box", "level", "prefix")
 Log = Callable[..., None]
 
 
-def make_labeller(method: str, **options: Any) -> Labeller:
+def make_labeller(method: str, /, **options: Any) -> Labeller:
     """Return the labeller of any method: `ipi:ADDRESS` from here, all others from `tumbaga.online.labels.factory`.
 
     ====================  =============================================================================================================

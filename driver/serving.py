@@ -95,7 +95,7 @@ def serve(
 def _settings(settings: configs.Config, folder: Path, frame: Frame, again: bool, model: str | None) -> configs.Config:
     """The model and the template: those of the run directory if it has any, which must be of this potential and of these atoms."""
     potential, template = settings.potential, str(folder / TEMPLATE)
-    model = potential.model if model is None else _absolute(model)
+    model = potential.model if model is None else registry.absolute(model)
     if again:
         if model != potential.model:
             raise RunDirError(str(folder), f"is of a run of {potential.model}; choose another directory for {model}")
@@ -119,14 +119,6 @@ def _check(settings: configs.Config, frame: Frame) -> None:
 
 def _with(section: Section, **given: Any) -> Section:
     return msgspec.structs.replace(section, **{key: value for key, value in given.items() if value is not None})
-
-
-def _absolute(model: str) -> str:
-    """A weights file by its full path: the server works in the run directory."""
-    kind, _, rest = model.partition(":")
-    if kind == "painn" and model not in registry.PACKAGED and Path(rest).is_file():
-        return f"{kind}:{Path(rest).absolute()}"
-    return model
 
 
 def _frame(atoms: Any) -> Frame:

@@ -69,7 +69,8 @@ class Connection:
     COMPUTING and it returns `PAUSED` from then on, whatever arrives; when the force is there call `complete()` and go on with
     `next_event`, which returns the requests held meanwhile; to `GetForce` write `send(ForceReady(...))`. What the peer must be told before
     it can be heard again is likewise `PAUSED`. EXIT and the end of the stream are returned as `Exit` at once, in any state, ahead of
-    everything that is held: nobody is left to answer.
+    everything that is held: nobody is left to answer. (Only an EXIT behind an INIT that is held waits for it: what follows an INIT cannot be
+    read before it is taken. The end of the stream, which follows an EXIT, does not wait.)
 
     As ENGINE: `send` the requests, several in one write if you like, and take the answers from `next_event`. A driver that knows neither
     its own state nor ours is led by STATUS, which must precede the first frame and every later one (it may stand behind GETFORCE in the

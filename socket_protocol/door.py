@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from tumbaga.socket_protocol.addresses import Address
 from tumbaga.socket_protocol.codec import encode
-from tumbaga.socket_protocol.errors import AddressError
+from tumbaga.socket_protocol.errors import AddressError, TooManyFilesError
 from tumbaga.socket_protocol.events import Exit
 from tumbaga.socket_protocol.streams import Listener, Stream, listen
 
@@ -86,8 +86,8 @@ class Door:
         for _ in range(_A_TURN):
             try:
                 stream = listener.accept()
-            except OSError as problem:
-                _log.error("no client can come in at %s: %s", listener.address, problem.strerror)
+            except (OSError, TooManyFilesError) as problem:
+                _log.error("no client can come in at %s: %s", listener.address, problem)
                 self._rests_until = now + _REST
                 break
             if stream is None:

@@ -265,3 +265,14 @@ class DialError(TransportError):
 
     def __str__(self) -> str:
         return f"cannot connect to {self.address}: {os.strerror(self.errno)}"
+
+
+class TooManyFilesError(TransportError):
+    """A peer cannot be taken: this process has as many files open as it may."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"no more peers can be taken at {self.address}: too many open files; raise the limit (ulimit -n) or allow fewer connections"

@@ -60,7 +60,10 @@ class Inbox:
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take a copy of `data` as received."""
         count = len(data)
-        self.space(len(self) + count)[:count] = data
+        if len(self._data) - self._end < count:
+            enough = self.waiting + count <= len(self._data)
+            self._move(self._data if enough else memoryview(bytearray(max(2 * len(self._data), self.waiting + count))))
+        self._data[self._end : self._end + count] = data
         self.filled(count)
 
     def drop(self, count: int) -> None:

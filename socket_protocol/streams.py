@@ -25,7 +25,7 @@ from typing import Final, Self
 
 from tumbaga.socket_protocol.addresses import DEFAULT_PREFIX, Address
 from tumbaga.socket_protocol.connection import Connection
-from tumbaga.socket_protocol.errors import AddressError, AddressInUseError, DialError, NotYetError
+from tumbaga.socket_protocol.errors import AddressError, AddressInUseError, DialError, NotYetError, TooManyFilesError
 
 _log = logging.getLogger(__name__)
 
@@ -345,11 +345,19 @@ class Listener:
         return self._socket.fileno()
 
     def accept(self) -> Stream | None:
-        """Return the next peer, or None if none is waiting or it left again."""
+        """Return the next peer, or None if none is waiting or it left again.
+
+        Raises:
+            TooManyFilesError: this process may not have another descriptor; the peer waits on.
+        """
         try:
             sock, where = self._socket.accept()
         except (BlockingIOError, ConnectionError):
             return None
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE):
+                raise TooManyFilesError(str(self.address)) from problem
+            raise
         return Stream(sock, str(self.address) if self.address.path else f"tcp:{where[0]}:{where[1]}")
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ class PaiNN:
             raise PotentialError(name, f"dtype {dtype!r} is not float32 or float64")
         self._metadata = dict(metadata)
         self.hyper, facts = _declared(name, metadata)
-        self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self._device = _device(name, device)
         self._dtype, self._dtype_name = _DTYPES[dtype], dtype
         elements = self.hyper.elements
         self.spec = PotentialSpec(
@@ -208,6 +208,20 @@ class PaiNN:
         vectors, first, second, species = self._tensors(graph, torch.float64)
         features, slopes = feature_jacobian(self._exact, vectors, first, second, species)
         return _numpy(features), _numpy(slopes)
+
+
+def _device(name: str, device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise PotentialError(
+            name, f"cannot run on device {device!r} ({told:.120}); choose auto, cpu, or cuda on a machine that has it"
+        ) from error
+    return found
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32") -> PaiNN:

@@ -64,3 +64,11 @@ def weights_file(name: str) -> Path | None:
         known = ", ".join(sorted(PACKAGED))
         raise PotentialError(name, f"there is no file {rest!r}, and it is not a packaged potential ({known})")
     return path
+
+
+def absolute(name: str) -> str:
+    """Return the name with the full path of its file, if it names one: other processes work in other folders."""
+    kind, _, rest = name.partition(":")
+    if kind == "painn" and name not in PACKAGED and Path(rest).is_file():
+        return f"{kind}:{Path(rest).absolute()}"
+    return name

@@ -22,7 +22,7 @@ class UnknownMethodError(OnlineError, ValueError):
         return f"label method {self.method!r} {self.problem}"
 
 
-def make_labeller(method: str, **options: Any) -> Labeller:
+def make_labeller(method: str, /, **options: Any) -> Labeller:
     """Return the labeller of a method.
 
     ==============================  ==============================================================================================
