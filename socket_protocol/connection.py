@@ -184,7 +184,8 @@ class Connection:
     @property
     def memory_bound(self) -> int:
         """The most that `memory` can be: what may wait in the buffer, frames that were read ahead, and texts of INIT."""
-        return (2 + _HELD_FRAMES) * self._most + _HELD_MESSAGES * self._limits.max_init + _SLACK + SPARE
+        # twice what may wait, since the buffer grows by doubling
+        return (4 + _HELD_FRAMES) * self._most + _HELD_MESSAGES * self._limits.max_init + 2 * _SLACK + SPARE
 
     def expect(self, atoms: int | None) -> None:
         """Insist on another number of atoms from the next frame on: what INIT has announced. None takes that of the next frame."""
