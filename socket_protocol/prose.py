@@ -35,7 +35,8 @@ ORDER: Final = """
 
 Answers leave in the order of their requests, whatever was sent in one write. So a driver that holds `GETFORCE, STATUS` answers FORCEREADY,
 then READY; one that holds `STATUS, GETFORCE` answers HAVEDATA, then FORCEREADY. To STATUS it tells the truth about its state.
-EXIT and the end of the stream act at once, ahead of all that is held, because nobody is left to answer.
+EXIT and the end of the stream act at once, ahead of all that is held, because nobody is left to answer (an EXIT behind an INIT that is held
+acts with the end of the stream that follows it).
 An ENGINE sends INIT and POSDATA only while no answer is under way: that answer would be about the time before.
 """
 
