@@ -84,6 +84,7 @@ class _Talk:
         self.stream = stream
         self.connection = connection
         self.timeout = timeout
+        self._readable = _poll(stream, select.POLLIN)  # made once: it is asked twice a frame
 
     def write(self, data: bytes) -> None:
         self.stream.send(data)
@@ -93,7 +94,8 @@ class _Talk:
 
     def next(self) -> Event:
         while isinstance(event := self.connection.next_event(), Wait):
-            _wait(self.stream, self.timeout)
+            if not self._readable.poll(1000 * self.timeout):
+                raise TimeoutError(f"nothing came within {self.timeout} s at {self.stream!r}")
             self.stream.receive(self.connection)
         return event
 
@@ -298,7 +300,11 @@ def connect(address: Address, timeout: float = 60.0) -> Stream:
 
 def _wait(waitable: Stream | Listener | Dialling, timeout: float, *, write: bool = False) -> None:
     """Wait until `waitable` can be read, or written to."""
-    poller = select.poll()  # not select.select: it knows no descriptor above 1023
-    poller.register(waitable.fileno(), select.POLLOUT if write else select.POLLIN)
-    if not poller.poll(1000 * timeout):
+    if not _poll(waitable, select.POLLOUT if write else select.POLLIN).poll(1000 * timeout):
         raise TimeoutError(f"nothing came within {timeout} s at {waitable!r}")
+
+
+def _poll(waitable: Stream | Listener | Dialling, events: int) -> select.poll:
+    poller = select.poll()  # not select.select: it knows no descriptor above 1023
+    poller.register(waitable.fileno(), events)
+    return poller
