@@ -78,7 +78,7 @@ def extras(version: str, mix: Mix, std: float, atom: int, work: float, committee
 
 
 def _committee(members: Members, served: Prediction) -> dict[str, list[object]]:
-    """The members as i-PI reads them, in atomic units. i-PI serves their mean, so that is made to be what we serve, to the last digit."""
+    """The members as i-PI reads them, in atomic units. i-PI moves atoms by their mean, so that is made what we serve, to a rounding."""
     energies = members.energies - members.energies.mean() + served.energy
     forces = members.forces - members.forces.mean(axis=0) + served.forces
     virials = members.virials - members.virials.mean(axis=0) + served.virial

@@ -109,7 +109,7 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Members:
-    """What the members of a committee say of one frame; their mean is what is served.
+    """What the members of a committee say of one frame; their mean is what is served, to the rounding of the potential.
 
     Attributes:
         energies: shape (n_members,), float64, eV.
@@ -120,6 +120,11 @@ class Members:
     energies: Array
     forces: Array
     virials: Array
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers of all members are finite."""
+        return all(bool(np.isfinite(numbers).all()) for numbers in (self.energies, self.forces, self.virials))
 
 
 @dataclass(frozen=True, eq=False)
