@@ -210,7 +210,7 @@ class Gateway:
             self._restless.discard(session.name)
             self._asked(session, result)
         elif isinstance(result, Ended):
-            self._end(session, result.fault)
+            self._end(session, result.fault, result.left)
         elif isinstance(result, More):
             self._restless.add(session.name)
         else:
@@ -233,7 +233,7 @@ class Gateway:
         for index, frame in enumerate(asked.frames):
             self._pool.add(Job(session.name, session.ticket, frame, mix, index=index, group=group))
 
-    def _end(self, session: Session, fault: str) -> None:
+    def _end(self, session: Session, fault: str, left: str = "") -> None:
         self._unwatch(session)
         self._restless.discard(session.name)
         forces = session.forces
@@ -248,7 +248,7 @@ class Gateway:
             return
         if fault:
             self._error(f"{session.name}: {fault}{f' ({session.faults} times in a row)' if session.faults > 1 else ''}")
-        told = {"forces": forces, "fault": fault, "times": session.faults}
+        told = {"forces": forces, "fault": fault, "left": left, "times": session.faults}
         self._reporter.log("error" if fault else "info", "session ended", session=session.name, **told)
 
     def _refuse(self, session: Session, why: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from selectors import EVENT_WRITE
 
 from tumbaga.driver import units
@@ -14,7 +14,7 @@ from tumbaga.online.errors import BadFrameError
 from tumbaga.online.flagging import Flagger
 from tumbaga.online.ramp import RampState
 from tumbaga.online.records import Frame, Prediction
-from tumbaga.socket_protocol.connection import NEED_DATA, PAUSED, Connection, Role
+from tumbaga.socket_protocol.connection import NEED_DATA, PAUSED, Connection, Role, State
 from tumbaga.socket_protocol.errors import RemoteProtocolError
 from tumbaga.socket_protocol.events import Exit, ForceBatch, ForceReady, GetForce, Init, PosBatch, PosData, Status
 from tumbaga.socket_protocol.init_text import parse_init
@@ -22,14 +22,21 @@ from tumbaga.socket_protocol.streams import Address, Backoff, Dialling, Stream
 
 _TURN = 8  # messages that one engine may have answered before the others get their turn
 _CHATTER = 2000  # messages without a frame within a second: no engine has a reason for more
+_LONG = 256  # bytes of INIT text that count as a message more
 _CHATTER_S = 1.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A conversation is over. `fault` is empty when the engine said goodbye or hung up, else the sentence for the log."""
+    """A conversation is over.
+
+    Attributes:
+        fault: empty when the engine said goodbye or hung up, else the sentence for the log.
+        left: how it went, where it did so by itself.
+    """
 
     fault: str = ""
+    left: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -183,13 +190,15 @@ class Session:
     def _turn(self, now: float) -> Result:
         assert self.stream is not None
         for _ in range(_TURN):
+            left = self._leaving() if self._connection.eof else "it said EXIT"
             event = self._connection.next_event()
             if event is NEED_DATA or event is PAUSED:
                 return None
+            self._partial_since = 0.0  # what is incomplete from here on is another message
             if isinstance(event, (PosData, PosBatch)):
                 return self._asked(event)
             if isinstance(event, Exit):
-                return Ended()
+                return Ended(left=left)
             if isinstance(event, Status):
                 self.stream.send(self._connection.answer_status())
             elif isinstance(event, Init):
@@ -197,12 +206,28 @@ class Session:
             elif isinstance(event, GetForce) and self._result is not None:
                 self.stream.send(self._connection.send(self._result))
                 self._result = None
-            if self._babbles(now):
-                return Ended(f"the engine sent {_CHATTER} messages within {_CHATTER_S:g} s and no frame among them")
+            length = len(event.text) if isinstance(event, Init) else 0
+            if self._babbles(now, 1 + length // _LONG):
+                most = f"{_CHATTER} messages, or fewer long ones,"
+                return Ended(f"the engine sent {most} within {_CHATTER_S:g} s and no frame among them, which was expected")
+            if length > _LONG:
+                break  # reading it took as long as a turn may take
         return More()
 
-    def _babbles(self, now: float) -> bool:
-        self._chatter += 1
+    def _leaving(self) -> str:
+        """How the engine closes the connection: where the conversation is, and what was expected next."""
+        assert self.stream is not None
+        state, partial = self._connection.state, self._connection.partial
+        unread = f", {self.stream.unsent} bytes of answers unread," if self.stream.unsent else ""
+        if partial:
+            return f"it closed the connection{unread} after {partial} bytes of a message, where the rest was expected"
+        if state is State.COMPUTING:
+            return f"it closed the connection{unread} while its forces were computed, where GETFORCE was expected"
+        expected = "STATUS or GETFORCE" if state is State.HAVEDATA else "STATUS, INIT or POSDATA"
+        return f"it closed the connection{unread} where {expected} was expected"
+
+    def _babbles(self, now: float, messages: int) -> bool:
+        self._chatter += messages
         if now - self._chatter_since > _CHATTER_S:
             self._chatter, self._chatter_since = 0, now
         return self._chatter > _CHATTER

@@ -12,9 +12,9 @@ from tumbaga.driver.errors import ConfigError
 from tumbaga.online.records import Ints
 from tumbaga.socket_protocol.init_text import InitInfo
 
-_MOST = 1_000_000  # atoms in a formula: it comes from the network
+_MOST = 100_000  # atoms in a formula: it comes from the network, and a frame may have no more
 _DEEPEST = 20  # brackets in brackets
-_TOKEN = re.compile(r"([A-Z][a-z]?|\(|\))(\d{0,7})")
+_TOKEN = re.compile(r"([A-Z][a-z]?|\(|\))([1-9]\d{0,6})?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,8 @@ def from_formula(formula: str) -> Ints:
     [29, 29, 79, 1, 1, 8, 1, 1, 8]
     """
     text = formula.replace(" ", "")
-    stack: list[list[int]] = [[]]
+    # bytes, and no group that is made to be thrown away: the gateway reads this, and nobody may wait for a text that took long to think out
+    stack: list[bytes] = [b""]
     place = 0
     while place < len(text):
         found = _TOKEN.match(text, place)
@@ -56,22 +57,22 @@ def from_formula(formula: str) -> Ints:
         if word == "(":
             if found.group(2) or len(stack) > _DEEPEST:
                 raise ConfigError("species", f"{formula[:60]!r} has a bracket that cannot be read; write for example Cu3Au(H2O)2")
-            stack.append([])
+            stack.append(b"")
             continue
         if word == ")":
             if len(stack) == 1:
                 raise ConfigError("species", f"{formula[:60]!r} closes a bracket that was not opened")
             group = stack.pop()
         elif atomic_numbers.get(word):
-            group = [atomic_numbers[word]]
+            group = bytes((atomic_numbers[word],))
         else:
             raise ConfigError("species", f"{formula[:60]!r} has an unknown element {word!r}")
         if len(group) * count + sum(map(len, stack)) > _MOST:
             raise ConfigError("species", f"{formula[:60]!r} has more than {_MOST} atoms")
-        stack[-1].extend(group * count)
+        stack[-1] += group * count
     if len(stack) != 1 or not stack[0]:
         raise ConfigError("species", f"{formula[:60]!r} is no whole formula; write for example Cu3Au(H2O)2")
-    return np.asarray(stack[0], dtype=np.int64)
+    return np.frombuffer(stack[0], np.uint8).astype(np.int64)
 
 
 def agreed(info: InitInfo, template: Species | None) -> Species | None:

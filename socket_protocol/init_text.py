@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _MOST_FRAMES = 2**31 - 1
+_MOST_PAIRS = 256  # looked at; a text of commas must not keep anybody waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,9 @@ def parse_init(text: bytes) -> InitInfo:
         species = described.get("species", "")
         size = _batch_size(described.get("batch_size", 1))
         return InitInfo(_numbers(described.get("numbers")), _pbc(described.get("pbc")), size, species if isinstance(species, str) else "")
-    pairs = {key.strip(): value.strip() for key, _, value in (token.partition(":") for token in plain.split(","))}
+    # i-PI appends the batch size at the end, however long the rest is
+    tokens = (*plain.split(",", _MOST_PAIRS)[:_MOST_PAIRS], plain.rpartition(",")[2])
+    pairs = {key.strip(): value.strip() for key, _, value in (token.partition(":") for token in tokens)}
     pbc = _WORDS.get(pairs.get("pbc", "").lower())
     return InitInfo(None, None if pbc is None else (pbc,) * 3, _batch_size(pairs.get("batch_size", 1)), pairs.get("species", ""))
 

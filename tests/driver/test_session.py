@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from random import Random
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from ase import units as ase_units
 
+from tumbaga.driver.errors import ConfigError
 from tumbaga.driver.session import Asked, Ended, More, Patience, Session
-from tumbaga.driver.species import Species
+from tumbaga.driver.species import Species, from_formula
 from tumbaga.online.ramp import RampState
 from tumbaga.online.records import Prediction
 from tumbaga.socket_protocol.codec import encode
@@ -467,3 +469,78 @@ def test_an_engine_that_talks_without_end_leaves_turns_to_the_others_and_is_ende
 
     assert isinstance(result, Ended)
     assert "2000 messages" in result.fault
+
+
+@pytest.mark.parametrize("text", [b"," * 60_000, b'{"numbers": [' + b"1," * 29_000 + b"1]}"], ids=["commas", "numbers"])
+def test_long_inits_without_end_are_few_and_one_a_turn(talk: Talk, text: bytes) -> None:
+    """Reading one takes its time: the others have their turn before the next, and after some of them within a second it is enough."""
+    talk.session._template = talk.session.species = None
+    turns = 0
+    result: Asked | Ended | More | None = More()
+    while not isinstance(result, Ended) and turns < 100:
+        talk.engine.stream.send(encode(Init(0, text)))
+        talk.session.receive()
+        result = talk.session.turn(now=5.0)
+        turns += isinstance(result, More)
+
+    assert isinstance(result, Ended)
+    assert "no frame among them, which was expected" in result.fault
+    assert turns < 12
+
+
+@pytest.mark.parametrize("formula", ["(H99999)0" * 6000, "((((H99)99)99)99)9", "H100001"])
+def test_a_formula_that_takes_long_to_read_is_refused_at_once(formula: str) -> None:
+    """Nobody in the gateway waits for atoms that are made to be thrown away."""
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=r"formula|more than 100000 atoms"):
+        from_formula(formula)
+
+    assert time.process_time() - began < 0.1
+
+
+def test_what_an_engine_did_when_it_left_is_told(talk: Talk) -> None:
+    """Where the conversation was when the connection closed, and what was expected then, is for the log."""
+    talk.get_ready()
+    talk.engine.stream.send(encode(PosData(NO_CELL, positions()))[:100])
+    assert talk.turn() is None
+    talk.engine.stream.close()
+    result = talk.turn()
+
+    assert result == Ended()
+    assert isinstance(result, Ended)
+    assert result.left == "it closed the connection after 100 bytes of a message, where the rest was expected"
+
+
+@pytest.mark.parametrize(
+    ("events", "left"),
+    [
+        ((), "where STATUS, INIT or POSDATA was expected"),
+        ((PosData(NO_CELL, np.diag([1.0, 2.0, 3.0])),), "while its forces were computed, where GETFORCE was expected"),
+    ],
+)
+def test_an_engine_that_leaves_between_messages(talk: Talk, events: tuple[Event, ...], left: str) -> None:
+    talk.get_ready()
+    talk.turn(*events)
+    talk.engine.stream.close()
+    talk.session.receive()
+    result = talk.session.turn()
+
+    assert isinstance(result, Ended)
+    assert result.left == f"it closed the connection {left}"
+
+
+def test_a_busy_engine_with_large_frames_is_not_taken_for_one_that_stalls(talk: Talk) -> None:
+    """Looked at in the middle of a message each time, and each time it is another one."""
+    talk.get_ready()
+    limit = Patience().message
+    whole = encode(PosData(NO_CELL, positions()))
+    talk.engine.stream.send(whole[:50])
+    talk.session.receive()
+    assert talk.session.overdue(100.0) == ""
+    talk.engine.stream.send(whole[50:] + encode(GetForce()) + encode(Status())[:4])
+    talk.session.receive()
+    assert isinstance(talk.session.turn(), Asked)
+    talk.session.answer([(prediction(), EXTRAS)])
+
+    assert talk.session.overdue(100.0 + 1.5 * limit) == ""
+    assert "4 bytes of a message" in talk.session.overdue(100.0 + 3.0 * limit)
