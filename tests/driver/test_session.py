@@ -504,7 +504,8 @@ def test_what_an_engine_did_when_it_left_is_told(talk: Talk) -> None:
     talk.engine.stream.send(encode(PosData(NO_CELL, positions()))[:100])
     assert talk.turn() is None
     talk.engine.stream.close()
-    result = talk.turn()
+    talk.session.receive()
+    result = talk.session.turn()
 
     assert result == Ended()
     assert isinstance(result, Ended)
