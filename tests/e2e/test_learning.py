@@ -133,7 +133,8 @@ def test_no_label_is_lost_or_done_twice_by_kills(
     status = program.status()
     starts, ends = journal.count("start"), journal.count("end")
     assert set(ends.values()) == {1}
-    assert starts - ends == Counter({again: 1, third: 1, last: 1})
+    unfinished = {} if ends[last] else {last: 1}  # on a slow machine it is done before the order to stop arrives
+    assert starts - ends == Counter({again: 1, third: 1, **unfinished})
     assert starts[survivor] == 1
     labels = store(program).labels()
     assert Counter(label.frame.key for label in labels) == ends
