@@ -117,7 +117,12 @@ def serve(
     ] = None,
     committee: Annotated[
         int | None,
-        typer.Option("--committee", metavar="K", min=0, help="Members of a committee in the extras, for i-PI's ffcommittee; 0 for none."),
+        typer.Option(
+            "--committee",
+            metavar="K",
+            min=0,
+            help="Put K members, drawn from what is known of the last layer, into the extras, for i-PI's ffcommittee; 0 for none.",
+        ),
     ] = None,
     run_dir: RunDirOption = None,
     no_learn: NoLearnOption = False,
@@ -140,6 +145,8 @@ def serve(
         tumbaga serve -m painn:cuau-water -t init.xyz -u -a cuau
 
         tumbaga serve -m painn:cuau-water -t beads.xyz -u -a pimd --connections 4
+
+        tumbaga serve -m painn:cuau-water -t init.xyz -u -a spread --committee 8
 
         tumbaga serve -m toy:lj -t init.xyz --connect tcp:127.0.0.1:31415 --connect unix:second=other.xyz --no-learn
     """

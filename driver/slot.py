@@ -98,7 +98,8 @@ class Slot:
         """
         if self._trainable is None:
             name = self.potential.spec.name
-            raise ConfigError("serve.committee", f"is {members}, but {name} has no linear readout to draw a committee from; set it to 0")
+            why = f"{name} has no linear readout to draw a committee from"
+            raise ConfigError("serve.committee", f"is {members}, but {why}; set it to 0, as --committee 0 does")
 
     def _deviation(self, version: int, members: int) -> Array:
         """Readouts of the members less that of the version, shape (members, n_columns), float64; their sum is 0.

@@ -1,6 +1,7 @@
 """The examples run as they stand."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,26 @@ def test_the_ipi_example_does_its_steps(tmp_path: Path) -> None:
     assert "1.00000000e+03" in done.stdout, done.stdout + done.stderr
     for name in ("md.std_0", "md.version_0"):
         assert float((tmp_path / "out" / name).read_text().split()[-1]) >= 0.0
+
+
+@pytest.mark.slow
+def test_the_committee_example_tells_the_spread(tmp_path: Path) -> None:
+    """04_ipi_committee/run.sh ends with step 500; each energy spread that i-PI wrote is positive, and most are not above its threshold."""
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "04_ipi_committee" / "run.sh"), str(tmp_path / "out"), "--no-learn"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        timeout=180,
+        check=False,
+    )
+
+    assert "5.00000000e+02" in done.stdout, done.stdout + done.stderr
+    rows = [line for line in (tmp_path / "out" / "md.uncertainty_0").read_text().splitlines() if line.strip() and "#" not in line]
+    assert len(rows) == 51
+    assert min(map(float, rows)) > 0.0
+    above = re.search(r"steps above the threshold: (\d+)", done.stdout)
+    assert above is not None, done.stdout
+    assert 0 < int(above[1]) < 500
+    assert list(processes_in(tmp_path)) == []
