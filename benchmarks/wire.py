@@ -185,12 +185,12 @@ def noise(figures: list[tuple[float, float]]) -> float:
 def tabulated(bench: Bench) -> list[dict[str, Any]]:
     """Print the table, and return it for JSON."""
     rows = []
-    print(f"{'':34} {'':5} {'median (best) ms a step':^44}  {'ratio to the peer':^17}  peer's")
-    print(f"{'engine':34} {'atoms':>5} {'peer':>14} {'wire':>14} {'daemon':>14}  {'wire':>8} {'daemon':>8}  noise")
+    print(f"{'':34} {'':5} {'median (best) ms a step':^53}  {'ratio to the peer':^17}  peer's")
+    print(f"{'engine':34} {'atoms':>5} {'peer':>17} {'wire':>17} {'daemon':>17}  {'wire':>8} {'daemon':>8}  noise")
     for (row, size), by in sorted(bench.figures.items(), key=lambda item: (ROWS.index(item[0][0]), item[0][1])):
         told = {who: tuple(round(float(x), 4) for x in np.median(by[who], axis=0)) for who in WHO}
         ratios = {who: round(median_ratio(by[who], by[PEER]), 3) for who in (WIRE, DAEMON)}
-        cells = " ".join(f"{median:7.3f} ({best:5.3f})"[-14:].rjust(14) for median, best in told.values())
+        cells = " ".join(f"{median:7.3f} ({best:.3f})".rjust(17) for median, best in told.values())
         print(f"{row.name:34} {size:5d} {cells}  {ratios[WIRE]:8.2f} {ratios[DAEMON]:8.2f}  {100 * noise(by[PEER]):4.0f}%")
         facts = {"engine": row.engine, "socket": row.kind, "beads": row.beads, "batch": row.batch, "atoms": size}
         ms = {who: {"median_ms": median, "best_ms": best} for who, (median, best) in told.items()}
