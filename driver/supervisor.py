@@ -339,12 +339,15 @@ def check(settings: configs.Config) -> None:
     """
     from tumbaga.driver.backends import registry
     from tumbaga.driver.client_labels import ClientLabeller, make_labeller
+    from tumbaga.driver.slot import Slot
     from tumbaga.online.errors import OnlineError
     from tumbaga.socket_protocol.errors import TransportError
     from tumbaga.socket_protocol.streams import Address
 
     settings.check()
-    registry.weights_file(settings.potential.model)
+    if registry.weights_file(settings.potential.model) is None and settings.serve.committee:
+        # a toy: cheap to load here, while weights are left to the evaluator, which asks the same
+        Slot(registry.load(settings.potential.model)).need_committee(settings.serve.committee)
     templates = [read_frame(file) for file in (settings.potential.template, *settings.serve.templates.values()) if file]
     if any(frame.periodic for frame in templates) and settings.learn.enabled and settings.label.method == "pyscf":
         raise ConfigError(

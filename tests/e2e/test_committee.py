@@ -16,7 +16,7 @@ import pytest
 from ase.io import read
 
 from tumbaga.driver import structures
-from tumbaga.driver.testing import Program
+from tumbaga.driver.testing import Program, command
 from tumbaga.socket_protocol.events import PosData
 from tumbaga.socket_protocol.streams import Address, listen
 from tumbaga.socket_protocol.testing import BlockingEngine
@@ -232,11 +232,14 @@ def test_the_members_outlive_their_evaluator(start: Callable[..., Program], sock
     assert server.stop() == 0, server.output
 
 
-def test_a_toy_has_no_committee(start: Callable[..., Program], socket_name: Callable[[], str]) -> None:
-    """The command ends by itself with the reason and exit code 1."""
-    server = start("serve", "-m", "toy:lj", "-t", str(TEMPLATE), "-u", "-a", socket_name(), "--committee", "4")
-
-    assert server.end(60) == 1, server.output
-    assert "serve.committee: is 4, but toy:lj" in server.output
-    assert "has no linear readout to draw a committee from" in server.output
-    assert "Traceback" not in server.output
+def test_a_toy_has_no_committee(tmp_path: Path) -> None:
+    """The command ends with one sentence and exit code 2 before anything is started, with learning as without."""
+    for more in ((), ("--no-learn",)):
+        told = command(
+            "serve", "-m", "toy:lj", "-t", str(TEMPLATE), "-u", "-a", "nobody", "--committee", "4", "--run-dir", f"{tmp_path}/r", *more
+        )
+        assert told.returncode == 2, told.stderr
+        assert told.stderr.startswith("tumbaga: serve.committee: is 4, but toy:lj")
+        assert "has no linear readout to draw a committee from" in told.stderr
+        assert told.stderr.count("\n") == 1
+        assert not (tmp_path / "r").exists()
