@@ -377,7 +377,7 @@ class Connection:
         if self._role is Role.ENGINE:
             due = self._unanswered[0] if self._unanswered else None
             allowed = (word.word for word in self._row.receive if due and REQUEST_OF.get(word) is due)
-        return OutOfTurnError(self._state.name, event.word, tuple(allowed))
+        return OutOfTurnError(self._state.name, event.word, tuple(dict.fromkeys(allowed)))
 
     def _fail(self, error: RemoteProtocolError) -> RemoteProtocolError:
         """Enter ERROR for good and return the error to be raised."""
