@@ -21,8 +21,10 @@ from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Backoff, Dialling, Stream
 
 _TURN = 8  # messages that one engine may have answered before the others get their turn
+_TALKATIVE, _SHORT_TURN = 100, 2  # of so many messages without a frame, the next ones come by so few
 _CHATTER = 2000  # messages without a frame within a second: no engine has a reason for more
-_LONG = 256  # bytes of INIT text that count as a message more
+_INIT = 20  # an INIT counts as so many: it is said once a conversation, or once a force
+_LONG = 256  # bytes of its text that count as a message more
 _CHATTER_S = 1.0
 
 
@@ -189,7 +191,7 @@ class Session:
 
     def _turn(self, now: float) -> Result:
         assert self.stream is not None
-        for _ in range(_TURN):
+        for _ in range(_TURN if self._chatter < _TALKATIVE else _SHORT_TURN):
             left = self._leaving() if self._connection.eof else "it said EXIT"
             event = self._connection.next_event()
             if event is NEED_DATA or event is PAUSED:
@@ -207,8 +209,8 @@ class Session:
                 self.stream.send(self._connection.send(self._result))
                 self._result = None
             length = len(event.text) if isinstance(event, Init) else 0
-            if self._babbles(now, 1 + length // _LONG):
-                most = f"{_CHATTER} messages, or fewer long ones,"
+            if self._babbles(now, _INIT + length // _LONG if isinstance(event, Init) else 1):
+                most = f"{_CHATTER} messages, or {_CHATTER // _INIT} INITs, or fewer long ones,"
                 return Ended(f"the engine sent {most} within {_CHATTER_S:g} s and no frame among them, which was expected")
             if length > _LONG:
                 break  # reading it took as long as a turn may take

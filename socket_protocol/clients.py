@@ -220,6 +220,8 @@ class Clients:
 
     def _patience(self, timeout: float, now: float) -> float:
         deadlines = [until for client in self._clients if (until := client.deadline()) is not None]
+        if not self._door_open:
+            deadlines.append(self._door.rests_until)  # somebody may be waiting in front of it
         return max(0.0, min([timeout, *(until - now for until in deadlines)]))
 
     def _tend_door(self, now: float) -> None:

@@ -1,7 +1,8 @@
 """Where clients come in: listening sockets that let in so many at a time and so many a second, whoever knocks.
 
 One more than allowed is told EXIT and closed at once: some drivers spin for ever at a connection that is merely closed. At most a few are
-looked at in one turn, so that a flood of connections costs the clients at work some microseconds a turn, and no more.
+looked at in one turn, and after so many refusals in a second nobody is looked at for a moment: so a flood of connections costs the clients
+at work a few per cent of their time, and no more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 _A_TURN = 4  # connections looked at before the clients at work have their turn again
 _REST = 1.0  # seconds without accepting when the system has no descriptors left
+_REFUSALS = 200  # in a second: telling them costs about a per cent of that
+_BREATH = 0.1  # seconds without accepting once there were more
 _SILENCE = 10.0  # seconds between two log lines about refusals
 
 
@@ -65,12 +68,18 @@ class Door:
         self.refused = 0
         self._room, self._newcomers = room, newcomers
         self._allowance, self._since = float(newcomers), now
+        self._refusals = float(_REFUSALS)  # that may be made now
         self._unsaid, self._said = 0, float("-inf")
         self._rests_until = float("-inf")
 
     def resting(self, now: float) -> bool:
-        """Whether nothing is to be accepted for a moment, because the system has no descriptors left."""
+        """Whether nothing is to be accepted for a moment, because the system has no descriptors left or too many knock."""
         return now < self._rests_until
+
+    @property
+    def rests_until(self) -> float:
+        """When the last such moment ends, or ended."""
+        return self._rests_until
 
     def enter(self, listener: Listener, inside: int, now: float) -> list[Stream]:
         """Return those who may come in, a few at most.
@@ -80,7 +89,9 @@ class Door:
             inside: connections that there are.
             now: the time, seconds.
         """
-        self._allowance = min(self._allowance + (now - self._since) * self._newcomers, float(self._newcomers))
+        passed = now - self._since
+        self._allowance = min(self._allowance + passed * self._newcomers, float(self._newcomers))
+        self._refusals = min(self._refusals + passed * _REFUSALS, float(_REFUSALS))
         self._since = now
         let_in: list[Stream] = []
         for _ in range(_A_TURN):
@@ -97,6 +108,8 @@ class Door:
                 let_in.append(stream)
             else:
                 self._refuse(stream, now)
+        if self._refusals < 1.0:
+            self._rests_until = max(self._rests_until, now + _BREATH)
         return let_in
 
     def close(self) -> None:
@@ -108,6 +121,7 @@ class Door:
         stream.send(encode(Exit()))
         stream.close()
         self.refused += 1
+        self._refusals -= 1.0
         self._unsaid += 1
         if now - self._said >= _SILENCE:
             _log.warning(

@@ -685,6 +685,27 @@ def test_a_flood_of_connections_is_refused_and_the_client_at_work_goes_on(
     assert "at most 4 may be connected and 4 come in a second" in lines[0]
 
 
+def test_after_so_many_refusals_nobody_is_looked_at_for_a_moment(address: Address, clock: Clock) -> None:
+    """A flood does not get more of our time by being larger; whoever still knocks is answered when the moment is over."""
+    with Clients([address], limits=ClientLimits(clients=1, newcomers=1), clock=clock) as clients:
+        knocking: list[Raw] = []
+        for _ in range(220):
+            knocking.append(Raw(clients, address))
+            clients.turn()
+        refused = clients.refused
+        assert 200 <= refused < 210
+        started = time.monotonic()
+        clients.turn(0.05)
+        assert time.monotonic() - started >= 0.04  # asleep, although somebody knocks
+        started = time.monotonic()
+        clients.turn(TIMEOUT)
+        assert time.monotonic() - started < 1.0  # not longer than the door rests
+        clock.now += 1.0
+        until(clients, lambda: clients.refused + clients.connected + clients.lost >= 220)
+        for one in knocking:
+            one.socket.close()
+
+
 def test_more_may_come_in_as_time_goes_on(address: Address, clock: Clock) -> None:
     """Two in a second, four in all; a place that became free is given again."""
     limits = ClientLimits(clients=4, newcomers=2)
