@@ -4,14 +4,15 @@
 
 Each row (engine, socket, beads, batch) and size is answered in turn by the engine's own driver ("peer": i-pi-driver-py -m dummy, ASE's
 SocketClient), by tumbaga's wire in one process ("wire"), and by the whole server ("daemon": tumbaga serve -m toy:zero, with a gateway and
-an evaluator process). The rows "raw" have no engine: a loop in Python sends a request and waits for the answer; their peer is the least that
-Python can do, a loop of recv_into and sendall that looks at nothing.
+an evaluator process). The rows "raw" have no engine: a loop in Python sends a request and waits for the answer. Their peer is the least that
+Python can do, a loop of recv_into and sendall that looks at nothing; in the rows "raw/py" it is i-pi-driver-py, without i-PI's own time and
+without its sleeps, in which a difference between drivers can drown.
 
 Everything is interleaved: one repetition measures every row once, and the three answerers of a row follow one another within seconds, in an
 order that turns with the repetition; the daemon is measured in every other one. A figure is the median over repetitions; a ratio is the
 median of the ratios within repetitions.
 
-Pass: the wire is not slower than the peer with i-PI and ASE (ratio at most 1 + MARGIN: see there); ASE over tcp takes at most 1.5 times
+Pass: the wire is not slower than the engines' own drivers with i-PI, ASE and in the rows raw/py (ratio at most 1 + MARGIN: see there); ASE over tcp takes at most 1.5 times
 what it takes over unix, for wire and daemon; i-PI's output is the same to the last digit whoever answers.
 """
 
@@ -67,7 +68,7 @@ class Row:
 
 ROWS = (
     *(Row("i-PI", kind, beads, batch) for beads, batch in ((1, 1), (8, 1), (8, 8)) for kind in ("unix", "tcp", "shm")),
-    *(Row(engine, kind) for engine in ("ASE", "raw") for kind in ("unix", "tcp")),
+    *(Row(engine, kind) for engine in ("ASE", "raw", "raw/py") for kind in ("unix", "tcp")),
 )
 Key = tuple[Row, int]
 Figures = dict[str, dict[int, tuple[float, float]]]  # answerer -> repetition -> (median, best)
@@ -116,8 +117,9 @@ class Bench:
         file = self._folder / f"{size}.xyz"
         write(file, ase.Atoms(atoms.symbols, atoms.positions))
         with contextlib.ExitStack() as stack:
-            places = {who: stack.enter_context(self._place(row.kind, file, size, row.engine)) for who in order}
-            done = {"i-PI": self._ipi, "ASE": self._ase, "raw": self._raw}[row.engine](row, atoms, places)
+            answered = [who for who in order if (row.engine, who) != ("raw/py", DAEMON)]  # the rows "raw" have it
+            places = {who: stack.enter_context(self._place(row.kind, file, size, row.engine)) for who in answered}
+            done = {"i-PI": self._ipi, "ASE": self._ase}.get(row.engine, self._raw)(row, atoms, places)
         for who, took in done.items():
             self.figures[row, size][who][repetition] = (float(np.median(took)), min(took))
 
@@ -164,11 +166,12 @@ class Bench:
         return done
 
     def _raw(self, row: Row, atoms: ase.Atoms, places: dict[str, Place]) -> dict[str, list[float]]:
-        commands = {PEER: answerers.floor, WIRE: answerers.wire, DAEMON: answerers.daemon}
+        floor = row.engine == "raw"
+        commands = {PEER: answerers.floor if floor else answerers.ipi_driver, WIRE: answerers.wire, DAEMON: answerers.daemon}
         done = {}
         for who, place in places.items():
             with engines.raw_listener(place) as listener, answerers.answering(commands[who](place), place):
-                done[who] = engines.raw_cycles(listener, atoms, handshake=who != PEER)
+                done[who] = engines.raw_cycles(listener, atoms, handshake=not (floor and who == PEER))
         return done
 
 
@@ -189,10 +192,12 @@ def tabulated(bench: Bench) -> list[dict[str, Any]]:
     print(f"{'':34} {'':5} {'median (best) ms a step':^53}  {'ratio to the peer':^17}  peer's")
     print(f"{'engine':34} {'atoms':>5} {'peer':>17} {'wire':>17} {'daemon':>17}  {'wire':>8} {'daemon':>8}  noise")
     for (row, size), by in sorted(bench.figures.items(), key=lambda item: (ROWS.index(item[0][0]), item[0][1])):
-        told = {who: tuple(round(float(x), 4) for x in np.median(list(by[who].values()), axis=0)) for who in WHO}
-        ratios = {who: round(median_ratio(by[who], by[PEER]), 3) for who in (WIRE, DAEMON)}
-        cells = " ".join(f"{median:7.3f} ({best:.3f})".rjust(17) for median, best in told.values())
-        print(f"{row.name:34} {size:5d} {cells}  {ratios[WIRE]:8.2f} {ratios[DAEMON]:8.2f}  {100 * noise(by[PEER]):4.0f}%")
+        told = {who: tuple(round(float(x), 4) for x in np.median(list(by[who].values()), axis=0)) for who in WHO if by[who]}
+        ratios = {who: round(median_ratio(by[who], by[PEER]), 3) for who in told if who != PEER}
+        cells = " ".join((f"{told[who][0]:7.3f} ({told[who][1]:.3f})" if who in told else "-").rjust(17) for who in WHO)
+        print(
+            f"{row.name:34} {size:5d} {cells}  {ratios[WIRE]:8.2f} {ratios.get(DAEMON, float('nan')):8.2f}  {100 * noise(by[PEER]):4.0f}%"
+        )
         facts = {"engine": row.engine, "socket": row.kind, "beads": row.beads, "batch": row.batch, "atoms": size}
         ms = {who: {"median_ms": median, "best_ms": best} for who, (median, best) in told.items()}
         rows.append({**facts, **ms, "ratio": ratios, "peer_noise": round(noise(by[PEER]), 3), "repetitions": len(by[PEER])})
@@ -218,7 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes, fewer repetitions and steps; the same checks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
-    parser.add_argument("--only", metavar="ENGINE", choices=("i-PI", "ASE", "raw"), help="these rows only")
+    parser.add_argument("--only", metavar="ENGINE", choices=("i-PI", "ASE", "raw", "raw/py"), help="these rows only")
     parser.add_argument("--sizes", metavar="N", type=int, nargs="+", choices=(13, 38, 147, 1000), help="these sizes only")
     parser.add_argument("--repetitions", metavar="N", type=int, help="how often")
     options = parser.parse_args()
