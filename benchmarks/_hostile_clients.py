@@ -169,9 +169,18 @@ class Crowd:
             if name == FLOOD:
                 done.times += self._knock()
                 continue
-            done.commit(misdeed, connected(self._where[misdeed.unix]))
+            done.commit(misdeed, self._let_in(misdeed.unix))
             time.sleep(_PAUSE_S)
         return done
+
+    def _let_in(self, unix: bool) -> Wire:
+        """Connect until the door lets us in: after a flood it takes a moment."""
+        while True:
+            wire = connected(self._where[unix])
+            if wire.greeting() == b"STATUS".ljust(12):
+                return wire
+            wire.leave()
+            time.sleep(_PAUSE_S)
 
     def _knock(self) -> bool:
         """Connect and be gone, without waiting for anything."""

@@ -66,6 +66,12 @@ class Wire:
             heard += piece
         return heard
 
+    def greeting(self) -> bytes:
+        """Return the first 12 bytes, and leave them to be heard; fewer if there are none."""
+        with contextlib.suppress(*GONE):
+            return self._socket.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL)
+        return b""
+
     def expect(self, word: str) -> None:
         """Take a message that is only a header.
 
