@@ -12,8 +12,10 @@ Everything is interleaved: one repetition measures every row once, and the three
 order that turns with the repetition; the daemon is measured in every other one. A figure is the median over repetitions; a ratio is the
 median of the ratios within repetitions.
 
-Pass: the wire is not slower than the engines' own drivers with i-PI, ASE and in the rows raw/py (ratio at most 1 + MARGIN: see there); ASE over tcp takes at most 1.5 times
-what it takes over unix, for wire and daemon; i-PI's output is the same to the last digit whoever answers.
+Pass: the wire is not slower than the engines' own drivers with i-PI, with ASE and in the rows raw/py; ASE over tcp takes at most 1.5 times what
+it takes over unix, for wire and daemon; i-PI's output is the same to the last digit whoever answers. "Slower" is a ratio above 1 + MARGIN (see
+there) both of the medians and of the best that each reached: what else the machine does adds time to one or the other by chance, and a
+difference that is ours is in both.
 """
 
 from __future__ import annotations
@@ -180,6 +182,11 @@ def median_ratio(over: dict[int, tuple[float, float]], under: dict[int, tuple[fl
     return float(np.median([over[repetition][0] / under[repetition][0] for repetition in over.keys() & under.keys()]))
 
 
+def best_ratio(over: dict[int, tuple[float, float]], under: dict[int, tuple[float, float]]) -> float:
+    """Ratio of the best that each reached in any repetition."""
+    return min(best for _, best in over.values()) / min(best for _, best in under.values())
+
+
 def noise(figures: dict[int, tuple[float, float]]) -> float:
     """By how much the same thing differs from one repetition to the next, relative; the median of that."""
     values = np.log([median for median, _ in figures.values()])
@@ -200,7 +207,16 @@ def tabulated(bench: Bench) -> list[dict[str, Any]]:
         )
         facts = {"engine": row.engine, "socket": row.kind, "beads": row.beads, "batch": row.batch, "atoms": size}
         ms = {who: {"median_ms": median, "best_ms": best} for who, (median, best) in told.items()}
-        rows.append({**facts, **ms, "ratio": ratios, "peer_noise": round(noise(by[PEER]), 3), "repetitions": len(by[PEER])})
+        rows.append(
+            {
+                **facts,
+                **ms,
+                "ratio": ratios,
+                "best_ratio": round(best_ratio(by[WIRE], by[PEER]), 3),
+                "peer_noise": round(noise(by[PEER]), 3),
+                "repetitions": len(by[PEER]),
+            }
+        )
     return rows
 
 
@@ -208,9 +224,9 @@ def missed(bench: Bench) -> list[str]:
     """The pass lines that were not reached, each in words."""
     found = [f"i-PI's output differs between answerers ({name})" for name in sorted(bench.differing)]
     for (row, size), by in bench.figures.items():
-        ratio = median_ratio(by[WIRE], by[PEER])
-        if row.engine != "raw" and ratio > 1 + MARGIN:
-            found.append(f"wire takes {ratio:.2f} times what the peer takes ({row.name}, {size} atoms)")
+        ratio, best = median_ratio(by[WIRE], by[PEER]), best_ratio(by[WIRE], by[PEER])
+        if row.engine != "raw" and min(ratio, best) > 1 + MARGIN:
+            found.append(f"wire takes {ratio:.2f} times what the peer takes, at best {best:.2f} times ({row.name}, {size} atoms)")
         if row.engine == "ASE" and row.kind == "tcp" and (unix := bench.figures.get((Row("ASE", "unix"), size))):
             for who in (WIRE, DAEMON):
                 over = median_ratio(by[who], unix[who])
