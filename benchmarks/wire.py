@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import json
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -246,6 +247,7 @@ def main() -> int:
     sizes = options.sizes or ([38, 147] if options.quick else [13, 38, 147, 1000])
     repetitions = options.repetitions or (2 if options.quick else 4)
     rows = [row for row in ROWS if options.only in (None, row.engine)]
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as folder:
         bench = Bench(Path(folder), options.quick)
