@@ -34,6 +34,9 @@ from tumbaga.socket_protocol.streams import Address, Backoff, Dialling, Stream, 
 
 _REPORT_S = 0.5
 _EVALUATORS = "evaluators"  # in the selector; sessions have a colon in their names
+_AFTER_FAULT_S = 0.25
+_BRIEF_S = 2.0  # a conversation that is over sooner may be one of very many
+_OFTEN = 100  # in a row, which are told of one by one; then in hundreds
 _MAX_UNSENT = 256  # candidates kept while the learner is away
 TEMPLATE = "template.json"  # what the gateway needs of the templates: it cannot read structure files without slow imports
 
@@ -181,8 +184,9 @@ class Gateway:
             session.dialling = made
         else:
             session.connected(made)
+            session.connected_at = process.monotonic()
             self._counts["conversations"] += 1
-            if not session.faults:
+            if not session.faults and _told(session.brief // _OFTEN):
                 self._reporter.log("info", "connected", session=session.name)
         self._watch(session)
 
@@ -224,7 +228,7 @@ class Gateway:
             if finding.verdict is guards.Verdict.DEAD:
                 self._refuse(session, f"the engine sent a frame that cannot be evaluated: {finding.sentence}")
                 return
-        if not session.forces:
+        if not session.forces and _told(session.brief // _OFTEN):
             told = {"dialect": session.dialect, "atoms": len(asked.frames[0]), "periodic": asked.frames[0].periodic}
             self._reporter.log("info", "first frame", session=session.name, **told)
         session.ramp, mix = session.ramp.advance()
@@ -239,12 +243,14 @@ class Gateway:
         forces = session.forces
         session.hang_up()
         self._pool.forget(session.name)
-        session.dial_at = process.monotonic() + session.backoff.next_delay()
+        now = process.monotonic()
+        # an engine that breaks the rules has cost the others time: not at once again, although it may have had an answer before
+        session.dial_at = now + max(session.backoff.next_delay(), _AFTER_FAULT_S if fault else 0.0)
         self._next_chore = min(self._next_chore, session.dial_at)
         session.faults = session.faults + 1 if fault and fault == session.last_fault else int(bool(fault))
         session.last_fault = fault
-        # an engine that does the same wrong thing for weeks must not fill the log: told at 1, 2, 4, 8 … times
-        if session.faults & (session.faults - 1):
+        session.brief = 0 if fault or now - session.connected_at > _BRIEF_S else session.brief + 1
+        if not _told(session.faults if fault else session.brief // _OFTEN):
             return
         if fault:
             self._error(f"{session.name}: {fault}{f' ({session.faults} times in a row)' if session.faults > 1 else ''}")
@@ -403,6 +409,11 @@ class Gateway:
             candidates_waiting=len(self._unsent),
             sessions=[_session_state(session) for session in self.sessions.values()],
         )
+
+
+def _told(times: int) -> bool:
+    """Whether what happens again and again is told this time: at 1, 2, 4, 8 … times, so that weeks of it do not fill the log."""
+    return not times & (times - 1)
 
 
 def _prediction(outcome: Outcome) -> Prediction:

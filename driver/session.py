@@ -98,6 +98,8 @@ class Session:
         self.refusals = 0  # conversations in a row that we ended
         self.faults = 0  # times in a row that a conversation ended with the same fault
         self.last_fault = self.given_up = ""
+        self.connected_at = 0.0
+        self.brief = 0  # conversations in a row that were over within a moment
         self.swap_work = self.last_score = 0.0  # eV, eV/Å
         self._box = VacuumBox()
         self._begin()
@@ -114,7 +116,7 @@ class Session:
         self.flagger = Flagger()
         self._chatter, self._chatter_since = 0, 0.0
         self._partial_since = self._unread_since = 0.0
-        self._unread = 0
+        self._sent = 0  # bytes, when the clock of unread answers was set
 
     @property
     def state(self) -> str:
@@ -161,8 +163,8 @@ class Session:
             return ""
         partial, unread = self._connection.partial, self.stream.unsent
         self._partial_since = (self._partial_since or now) if partial else 0.0
-        if not unread or unread != self._unread:
-            self._unread, self._unread_since = unread, now
+        if not unread or self.stream.sent != self._sent:
+            self._sent, self._unread_since = self.stream.sent, now
         if partial and now - self._partial_since > self._patience.message:
             limit = f"{self._patience.message:g} s"
             return f"the engine sent {partial} bytes of a message and not the rest within {limit} (serve.message_seconds)"

@@ -17,6 +17,7 @@ from tumbaga.online.records import Array, Frame, Prediction
 
 OVERLAP_RATIO = 0.3  # of the sum of covalent radii: nearer pairs are inside each other's cores, no label of them is of use
 MAX_FORCE = 1000.0  # eV/Å: no thermostat survives one step with it
+_FEW = 128  # atoms up to which a table of all pairs is fastest
 _BLOCK = 512  # rows of the distance table held at once, so that large frames need little memory
 
 _RADII = (
@@ -78,7 +79,7 @@ def check_numbers(positions: npt.ArrayLike, cell: npt.ArrayLike) -> Finding:
 
 def check_frame(frame: Frame, overlap: float = OVERLAP_RATIO) -> Finding:
     """Judge the geometry: DEAD if any pair is nearer than `overlap` times the sum of its covalent radii."""
-    if _far_apart(frame, overlap * 2.0 * _largest_radius(frame.numbers.tobytes())):
+    if not _overlaps(frame, overlap):
         return QUIET
     ratio, first, second = closest_pair(frame)
     if ratio >= overlap:
@@ -108,17 +109,56 @@ def _largest_radius(numbers: bytes) -> float:
     return float(COVALENT_RADII[np.frombuffer(numbers, np.int64)].max())
 
 
-def _far_apart(frame: Frame, distance: float) -> bool:
-    """Whether all atoms are further apart than `distance`, Å: the usual case, for which nobody needs to know the pair."""
-    if len(frame) > _BLOCK or frame.periodic:
-        return False
+def _overlaps(frame: Frame, overlap: float) -> bool:
+    """Whether any pair is nearer than `overlap` times the sum of its radii; cheap where, as usual, none is even near that."""
+    most = overlap * 2.0 * _largest_radius(frame.numbers.tobytes())
+    if frame.periodic or len(frame) > _FEW:
+        return _swept(frame, overlap, most)
     centred = frame.positions - frame.positions[0]  # far-away clusters would lose digits
     products = centred @ centred.T
     norms = products.diagonal()
     squares = norms[:, None] + norms
     squares -= 2.0 * products
     squares.flat[:: len(frame) + 1] = np.inf
-    return bool(squares.min() > distance * distance)
+    if squares.min() > most * most:
+        return False
+    radii = COVALENT_RADII[frame.numbers]
+    return bool((squares < (overlap * (radii[:, None] + radii)) ** 2).any())
+
+
+def _swept(frame: Frame, overlap: float, most: float) -> bool:
+    """`_overlaps` for many atoms: sorted along one axis, each is compared with the next ones as long as they are within `most`, Å."""
+    if frame.periodic:
+        inverse = np.linalg.inv(frame.cell)
+        widths = 1.0 / np.linalg.norm(inverse, axis=0)
+        if widths.min() < 2.0 * most:
+            return True  # an atom may meet itself: left to those who look at every pair
+        places = frame.positions @ inverse
+        places -= np.floor(places)
+    else:
+        widths, places = np.ones(3), frame.positions
+    axis = int((np.ptp(places, axis=0) * widths).argmax())
+    order = np.argsort(places[:, axis])
+    if frame.periodic:  # those at the beginning follow upon those at the end
+        again = order[: np.searchsorted(places[order, axis], most / widths[axis], side="right")]
+        order = np.concatenate([order, again])
+        places = places[order]
+        places[len(frame) :, axis] += 1.0
+    else:
+        places = places[order]
+    along, radii = places[:, axis] * widths[axis], COVALENT_RADII[frame.numbers[order]]
+    for step in range(1, len(order)):
+        near = np.flatnonzero(along[step:] - along[:-step] < most)
+        if not near.size:
+            return False
+        apart = places[near + step] - places[near]
+        if frame.periodic:
+            apart -= np.round(apart)
+            apart = apart @ frame.cell
+        squares = np.einsum("ij,ij->i", apart, apart)
+        if (squares < (overlap * (radii[near + step] + radii[near])) ** 2).any():
+            return True
+    return False
 
 
 def closest_pair(frame: Frame) -> tuple[float, int, int]:

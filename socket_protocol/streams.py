@@ -79,6 +79,7 @@ class Stream:
         self._socket = sock
         self._peer = peer
         self._out = bytearray()
+        self._sent = 0
         self._broken = False
         sock.setblocking(False)
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
@@ -115,6 +116,11 @@ class Stream:
     def pending_out(self) -> bool:
         """Whether bytes wait until the socket can be written to: call `flush` then."""
         return bool(self._out)
+
+    @property
+    def sent(self) -> int:
+        """How many bytes have left for the peer: one that reads nothing soon stops that count."""
+        return self._sent
 
     @property
     def unsent(self) -> int:
@@ -193,12 +199,14 @@ class Stream:
         if self._broken:
             return len(data)
         try:
-            return self._socket.send(data)
+            count = self._socket.send(data)
         except BlockingIOError:
             return 0
         except _GONE:
             self._broken = True
             return len(data)
+        self._sent += count
+        return count
 
     def _acknowledge_quickly(self) -> None:
         if self._tcp and _QUICKACK is not None:

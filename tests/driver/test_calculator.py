@@ -246,7 +246,7 @@ def test_a_copied_run_works_without_the_files_it_was_made_of(run: Path, atoms: A
         ({"version": 3}, "belongs to a run"),
         ({"model": "painn:none.safetensors"}, "there is no file 'none.safetensors'"),
         ({"model": "magic"}, "there is no back end 'magic'"),
-        ({"device": "gpu"}, "cannot be loaded on device 'gpu'"),
+        ({"device": "gpu"}, "cannot run on device 'gpu'"),
         ({"dtype": "float16"}, "is not float32 or float64"),
     ],
 )

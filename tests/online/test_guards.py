@@ -74,3 +74,27 @@ def test_absurd_forces_are_dead() -> None:
         forces = np.zeros((2, 3))
         forces[1] = force * np.array([0.6, 0.0, 0.8])
         assert check_prediction(Prediction(0.0, forces, np.zeros((3, 3)))).verdict is verdict
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("n_atoms", [2, 30, 129, 400])
+def test_the_quick_look_finds_what_a_look_at_every_pair_finds(rng: np.random.Generator, n_atoms: int, periodic: bool) -> None:
+    """Random frames, some with one pair pushed together, also across the faces of a skewed cell, against every pair and its images."""
+    found = set()
+    for _ in range(25):
+        side = (60.0 * n_atoms) ** (1 / 3) + 4.0
+        cell = side * np.eye(3) + side * 0.2 * rng.normal(size=(3, 3))
+        grid = np.stack(np.meshgrid(*[np.arange(np.ceil(n_atoms ** (1 / 3)))] * 3), axis=-1).reshape(-1, 3)[:n_atoms]
+        places = (grid + 0.15 * rng.random((n_atoms, 3))) / (grid.max() + 1.0) + rng.normal(size=3)
+        positions = places @ cell
+        numbers = rng.choice([1, 8, 29, 79], size=n_atoms)
+        one, other = rng.choice(n_atoms, 2, replace=False)
+        direction = rng.normal(size=3)
+        distance = rng.uniform(0.25, 0.35) * (COVALENT_RADII[numbers[one]] + COVALENT_RADII[numbers[other]])
+        positions[other] = positions[one] + distance * direction / np.linalg.norm(direction)
+        positions[other] += rng.integers(-2, 3, size=3) @ cell if periodic else 0.0
+        frame = Frame(numbers, positions, cell if periodic else np.zeros((3, 3)), periodic)
+        verdict = check_frame(frame).verdict
+        assert (verdict is Verdict.DEAD) == (closest_pair(frame)[0] < 0.3)
+        found.add(verdict)
+    assert found == {Verdict.OK, Verdict.DEAD}
