@@ -49,7 +49,8 @@ def test_a_run_learns_from_a_client_that_comes_while_it_runs(start: Callable[...
     driver = BlockingDriver(stream, compute, timeout=TIMEOUT)
     thread = threading.Thread(target=driver.serve, name="client")
     thread.start()
-    status = program.until(lambda status: status["swaps"] >= 1, "a swap", TIMEOUT)
+    # the status puts together what processes report at moments of their own: a swap may stand there before its label
+    status = program.until(lambda status: status["swaps"] >= 1 and status["labels"]["converged"] >= 1, "a swap", TIMEOUT)
     program.stop()
     thread.join(TIMEOUT)
 
