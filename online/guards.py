@@ -17,7 +17,7 @@ from tumbaga.online.records import Array, Frame, Prediction
 
 OVERLAP_RATIO = 0.3  # of the sum of covalent radii: nearer pairs are inside each other's cores, no label of them is of use
 MAX_FORCE = 1000.0  # eV/Å: no thermostat survives one step with it
-_FEW = 128  # atoms up to which a table of all pairs is fastest
+_FEW = 400  # atoms up to which a table of all pairs is fastest
 _BLOCK = 512  # rows of the distance table held at once, so that large frames need little memory
 
 _RADII = (

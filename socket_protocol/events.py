@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ Float64s: TypeAlias = NDArray[np.float64]
 _ANGSTROM = 1.8897261
 _NO_CELL_TOLERANCE = 1e-4
 _LONG = 4096
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ class PosBatch:
 
     def frame(self, index: int) -> PosData:
         """Return one configuration as a single message."""
-        return PosData(self.cells[index], self.positions[index])
+        return _made(PosData, cell=self.cells[index], positions=self.positions[index])
 
     @classmethod
     def of(cls, frames: Sequence[PosData], size: int) -> Self:
@@ -160,7 +161,7 @@ class PosBatch:
             counts = [len(frame.positions) for frame in frames]
             raise EventShapeError("POSDATA batch", f"1 to {size} frames of one number of atoms", f"frames of {counts} atoms")
         padded = [*frames, *[frames[-1]] * (size - len(frames))]
-        return cls(np.stack([frame.cell for frame in padded]), np.stack([frame.positions for frame in padded]))
+        return _made(cls, cells=_stacked([frame.cell for frame in padded]), positions=_stacked([frame.positions for frame in padded]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,15 +302,29 @@ class ForceBatch:
             counts = [len(result.forces) for result in results]
             raise EventShapeError("FORCEREADY batch", f"1 to {size} results of one number of atoms", f"results of {counts} atoms")
         padded = [*results, *[results[-1]] * (size - len(results))]
-        return cls(
-            np.array([result.energy for result in padded]),
-            np.stack([result.forces for result in padded]),
-            np.stack([result.virial for result in padded]),
-            tuple(result.extras for result in padded),
+        return _made(
+            cls,
+            energies=np.array([result.energy for result in padded]),
+            forces=_stacked([result.forces for result in padded]),
+            virials=_stacked([result.virial for result in padded]),
+            extras=tuple(result.extras for result in padded),
         )
 
 
 Event: TypeAlias = Status | Init | PosData | PosBatch | GetForce | Exit | NeedInit | Ready | HaveData | ForceReady | ForceBatch
+
+
+def _made(kind: type[Made], **fields: Any) -> Made:
+    """Return a message made of parts of messages that were checked when they were made."""
+    event = object.__new__(kind)
+    for name, value in fields.items():
+        object.__setattr__(event, name, value)
+    return event
+
+
+def _stacked(arrays: list[Float64s]) -> Float64s:
+    """Return arrays of one shape as one, without a copy where there is only one."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 def all_finite(array: Float64s) -> bool:
