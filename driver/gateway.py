@@ -36,7 +36,7 @@ _REPORT_S = 0.5
 _EVALUATORS = "evaluators"  # in the selector; sessions have a colon in their names
 _AFTER_FAULT_S = 0.25
 _BRIEF_S = 2.0  # a conversation that is over sooner may be one of very many
-_OFTEN = 100  # in a row, which are told of one by one; then in hundreds
+_OFTEN = 1000  # in a row, which are told of one by one; then in thousands
 _MAX_UNSENT = 256  # candidates kept while the learner is away
 TEMPLATE = "template.json"  # what the gateway needs of the templates: it cannot read structure files without slow imports
 
