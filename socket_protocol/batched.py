@@ -59,7 +59,7 @@ class Batched:
             return end
         pairs = np.frombuffer(view, np.float64, 18 * self.size, _CELLS).reshape(self.size, 2, 3, 3)
         positions = np.frombuffer(view, np.float64, 3 * self.size * count, positions_at).copy()
-        return Piece(PosBatch(pairs[:, 0].transpose(0, 2, 1).copy(), positions.reshape(self.size, count, 3)), end)
+        return Piece(PosBatch.cut(pairs[:, 0].transpose(0, 2, 1).copy(), positions.reshape(self.size, count, 3)), end)
 
     def cut_forceready(self, view: memoryview, limits: Limits, atoms: int | None) -> Cut:
         """Cut a FORCEREADY; see `Layout`."""
@@ -74,7 +74,7 @@ class Batched:
         extras = cut_extras(view, extras_at, self.size, limits)
         if isinstance(extras, int):
             return extras
-        event = ForceBatch(
+        event = ForceBatch.cut(
             np.frombuffer(view, np.float64, self.size, HEADER).copy(),
             np.frombuffer(view, np.float64, 3 * self.size * count, forces_at).copy().reshape(self.size, count, 3),
             np.frombuffer(view, np.float64, 9 * self.size, virials_at).copy().reshape(self.size, 3, 3),

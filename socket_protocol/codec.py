@@ -137,6 +137,9 @@ def decode(role: Role, view: memoryview, limits: Limits, atoms: int | None = Non
     if len(view) < HEADER:
         return HEADER
     header = bytes(view[:HEADER])
+    bare = _BARE[role].get(header)
+    if bare is not None:
+        return bare
     decoder = _DECODERS[role].get(header)
     if decoder is None:
         raise UnknownHeaderError(header, _WORDS[role])
@@ -177,20 +180,16 @@ def check_length(field: str, announced: int, least: int, most: int) -> None:
 
 
 def check_atoms(count: int, limits: Limits, atoms: int | None) -> None:
-    """Refuse an atom count that is out of its bounds or not `atoms`.
+    """Refuse an atom count that is not `atoms`, or, where that is None, out of its bounds.
 
     Raises:
         BadLengthError, MessageTooLargeError, AtomCountError: too small, too large, another one.
     """
+    if count == atoms:
+        return
     check_length("number of atoms", count, 1, limits.max_atoms)
-    if atoms is not None and count != atoms:
+    if atoms is not None:
         raise AtomCountError(atoms, count)
-
-
-def _bare(event: Event) -> Decoder:
-    """Return a decoder for a message that is only its header."""
-    piece = Piece(event, HEADER)
-    return lambda _view, _limits, _atoms, _layout: piece
 
 
 def header_of(event: Event | type[Event]) -> bytes:
@@ -198,18 +197,20 @@ def header_of(event: Event | type[Event]) -> bytes:
     return event.word.encode("ascii").ljust(HEADER)
 
 
+_BARE: Final[Mapping[Role, Mapping[bytes, Piece]]] = {
+    role: {header_of(event): Piece(event, HEADER) for event in events}
+    for role, events in ((Role.DRIVER, (Status(), GetForce(), Exit())), (Role.ENGINE, (NeedInit(), Ready(), HaveData())))
+}
 _DECODERS: Final[Mapping[Role, Mapping[bytes, Decoder]]] = {
     Role.DRIVER: {
-        **{header_of(event): _bare(event) for event in (Status(), GetForce(), Exit())},
         header_of(Init): _decode_init,
         header_of(PosData): lambda view, limits, atoms, layout: layout.cut_posdata(view, limits, atoms),
     },
     Role.ENGINE: {
-        **{header_of(event): _bare(event) for event in (NeedInit(), Ready(), HaveData())},
         header_of(ForceReady): lambda view, limits, atoms, layout: layout.cut_forceready(view, limits, atoms),
     },
 }
-_WORDS = {role: tuple(header.decode().rstrip() for header in decoders) for role, decoders in _DECODERS.items()}
+_WORDS = {role: tuple(header.decode().rstrip() for header in (*_BARE[role], *_DECODERS[role])) for role in _DECODERS}
 
 
 # --- encoding -----------------------------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ class Single:
         # copies: a view would show the next message, which is written to the same buffer
         columns = np.frombuffer(view, np.float64, 9, HEADER).reshape(3, 3)
         positions = np.frombuffer(view, np.float64, 3 * count, _POSDATA_POSITIONS).copy().reshape(count, 3)
-        return Piece(PosData(columns.T.copy(), positions), size)
+        return Piece(PosData.cut(columns.T.copy(), positions), size)
 
     def cut_forceready(self, view: memoryview, limits: Limits, atoms: int | None) -> Cut:
         """Cut a FORCEREADY; see `Layout`."""
@@ -303,7 +304,7 @@ class Single:
             return end
         forces = np.frombuffer(view, np.float64, 3 * count, _FORCEREADY_FORCES).copy().reshape(count, 3)
         virial = np.frombuffer(view, np.float64, 9, virial_at).copy().reshape(3, 3)
-        return Piece(ForceReady(energy, forces, virial, bytes(view[extras_at:end])), end)
+        return Piece(ForceReady.cut(energy, forces, virial, bytes(view[extras_at:end])), end)
 
     def pack_posdata(self, event: PosData | PosBatch) -> bytes:
         """Pack a POSDATA; see `Layout`."""

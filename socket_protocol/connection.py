@@ -96,6 +96,7 @@ class Connection:
         shared: bool | str = False,
     ) -> None:
         self._role = role
+        self._driver = role is Role.DRIVER
         self._limits = limits
         self._expected_atoms = expected_atoms
         self._shared = shared
@@ -160,7 +161,7 @@ class Connection:
         One unanswered request and one message behind it may wait. Until then read even while computing: an engine takes a socket that
         died with unread bytes for a broken one, and hangs.
         """
-        return not self._eof and not self.closed and self._has_room() and len(self._inbox) < self._largest
+        return not self._eof and self._inbox.waiting < self._largest and not self.closed and (not self._held or self._has_room())
 
     @property
     def partial(self) -> int:
@@ -239,7 +240,7 @@ class Connection:
             raise self._error
         if self._state is State.CLOSED:
             return Exit()
-        return self._next_request() if self._role is Role.DRIVER else self._next_answer()
+        return self._next_request() if self._driver else self._next_answer()
 
     def _next_request(self) -> Event | Wait:
         """DRIVER: look for the end everywhere first, then take one request if it is its turn."""
@@ -250,6 +251,8 @@ class Connection:
             if type(event) is Exit:
                 self._gone = True
                 break
+            if not (self._held or self._unanswered or self._row.hold or self._inbox.waiting or self._eof):
+                return self._take_request(event, self._layout)  # as usual nothing else is there that could go ahead of it
             self._held.append((event, self._layout))
         if self._gone or self._eof:
             return self._take(Exit())
@@ -257,8 +260,11 @@ class Connection:
             return PAUSED
         if not self._held:
             return NEED_DATA
-        event, layout = self._held.popleft()
-        if isinstance(event, _FRAMES):
+        return self._take_request(*self._held.popleft())
+
+    def _take_request(self, event: Event, layout: Layout) -> Event:
+        """DRIVER: take a request that was cut when `layout` was in force."""
+        if type(event) in _FRAMES:
             self._answers = layout
         return self._take(event)
 
@@ -277,9 +283,9 @@ class Connection:
             return None
         view = self._inbox.view
         try:
-            if self._role is Role.DRIVER and not self._framed and not self._settle(view):
+            if self._driver and not self._framed and not self._settle(view):
                 return None
-            found = decode(self._role, view, self._limits, self._wanted_atoms(), self._layout)
+            found = decode(self._role, view, self._limits, self._atoms if self._driver else self._asked_atoms(), self._layout)
             if type(found) is int:
                 self._needed = found
                 return None
@@ -292,11 +298,9 @@ class Connection:
             raise self._fail(error) from None
         return event
 
-    def _wanted_atoms(self) -> int | None:
-        """The atom count to insist on while cutting."""
-        if self._role is Role.ENGINE:
-            return self._frame[1] if self._frame else None
-        return self._atoms
+    def _asked_atoms(self) -> int | None:
+        """ENGINE: the atom count to insist on while cutting."""
+        return self._frame[1] if self._frame else None
 
     def _settle(self, view: memoryview) -> bool:
         """DRIVER: find out from the first frame whether the engine uses shared memory; false if more of it is needed for that."""
@@ -343,11 +347,11 @@ class Connection:
             self._unanswered.append(kind)
         elif isinstance(event, _FRAMES):
             self._begin(event)
-        elif isinstance(event, Init):
+        elif kind is Init:
             self._atoms = self._expected_atoms
-        elif isinstance(event, Exit):
+        elif kind is Exit:
             self._forget()
-        elif self._role is Role.ENGINE:
+        elif not self._driver:
             self._unanswered.popleft()
             if isinstance(event, _RESULTS):
                 self._frame = None
@@ -356,7 +360,7 @@ class Connection:
     def _begin(self, event: PosData | PosBatch) -> None:
         """Note what the answer must look like."""
         self._frame = _measures(event)
-        if self._role is Role.DRIVER:
+        if self._driver:
             if self._atoms not in (None, self._frame[1]):
                 raise self._fail(AtomCountError(self._atoms or 0, self._frame[1]))
             self._atoms = self._frame[1]
@@ -407,8 +411,9 @@ class Connection:
             LocalProtocolError: it is not the turn of this message, or it would break the peer (a wrong number of atoms, a number that is
                 not finite, extras that are no JSON object or have other keys than before). Nothing changes then.
         """
-        state = self._row.send.get(type(event))
-        if state is None or not self._is_due(event):
+        kind = type(event)
+        state = self._row.send.get(kind)
+        if state is None or not self._is_due(kind):
             unanswered = "+".join(word.word for word in self._unanswered)
             raise NotOurTurnError(f"sending {event.word}", self._state.name, unanswered)
         data = self._encoded(event)
@@ -440,13 +445,13 @@ class Connection:
             raise NotOurTurnError("completing a force", self._state.name)
         self._enter(state)
 
-    def _is_due(self, event: Event) -> bool:
-        """Whether answers keep the order of the requests if `event` goes now."""
-        request = REQUEST_OF.get(type(event))
+    def _is_due(self, kind: type[Event]) -> bool:
+        """Whether answers keep the order of the requests if such a message goes now."""
+        request = REQUEST_OF.get(kind)
         if request is not None:
             return bool(self._unanswered) and self._unanswered[0] is request
         # as ENGINE: an answer under way would be about the time before this message
-        return not (self._unanswered and isinstance(event, (Init, PosData, PosBatch)))
+        return not (self._unanswered and kind in (Init, PosData, PosBatch))
 
     def _encoded(self, event: Event) -> bytes:
         """Return the bytes of a message, after refusing what is well formed and would still break the peer."""
@@ -465,10 +470,10 @@ class Connection:
 
     def _check_answer(self, event: ForceReady | ForceBatch) -> frozenset[str]:
         """Return the keys of the extras of an answer that fits to its frame."""
-        size, atoms = _measures(event)
-        if self._frame is not None and size != self._frame[0]:
-            raise LayoutError(event.word, f"{self._frame[0] or 'one'} configuration{'s' * (self._frame[0] > 1)}")
-        if self._frame is not None and atoms != self._frame[1]:
+        measures = size, atoms = _measures(event)
+        if self._frame is not None and measures != self._frame:
+            if size != self._frame[0]:
+                raise LayoutError(event.word, f"{self._frame[0] or 'one'} configuration{'s' * (self._frame[0] > 1)}")
             raise AnswerAtomCountError(self._frame[1], atoms)
         return self._keys(event)
 
@@ -501,8 +506,5 @@ class Connection:
 
 def _measures(event: PosData | PosBatch | ForceReady | ForceBatch) -> tuple[int, int]:
     """Return configurations (0 for a single one) and atoms of a frame or a result."""
-    if isinstance(event, PosBatch):
-        return len(event), event.atoms
-    if isinstance(event, ForceBatch):
-        return len(event), int(event.forces.shape[1])
-    return 0, len(event.positions if isinstance(event, PosData) else event.forces)
+    rows = event.positions if isinstance(event, (PosData, PosBatch)) else event.forces
+    return (0 if rows.ndim == 2 else len(rows)), rows.shape[-2]

@@ -79,6 +79,13 @@ class PosData:
         object.__setattr__(self, "cell", _finite_array("POSDATA cell", self.cell, 3))
         object.__setattr__(self, "positions", _finite_array("POSDATA positions", self.positions, None))
 
+    @classmethod
+    def cut(cls, cell: Float64s, positions: Float64s) -> Self:
+        """Make it of arrays whose shape and type are right because they were cut so. Raises EventNotFiniteError."""
+        _check_finite("POSDATA cell", cell)
+        _check_finite("POSDATA positions", positions)
+        return _made(cls, cell=cell, positions=positions)
+
     @property
     def periodic(self) -> bool:
         """Whether the cell is meant: false for all zeros (ASE) and for minus one Ångström times the identity (i-PI).
@@ -122,6 +129,13 @@ class PosBatch:
             raise EventShapeError("POSDATA cells", f"an array of shape ({len(positions)}, 3, 3)", f"shape {cells.shape}")
         object.__setattr__(self, "cells", cells)
         object.__setattr__(self, "positions", positions)
+
+    @classmethod
+    def cut(cls, cells: Float64s, positions: Float64s) -> Self:
+        """Make it of arrays whose shape and type are right because they were cut so. Raises EventNotFiniteError."""
+        _check_finite("POSDATA cells", cells)
+        _check_finite("POSDATA positions", positions)
+        return _made(cls, cells=cells, positions=positions)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -228,6 +242,15 @@ class ForceReady:
         if not isinstance(self.extras, bytes):
             raise EventShapeError("FORCEREADY extras", "bytes", type(self.extras).__name__)
 
+    @classmethod
+    def cut(cls, energy: float, forces: Float64s, virial: Float64s, extras: bytes) -> Self:
+        """Make it of parts whose shape and type are right because they were cut so. Raises EventNotFiniteError."""
+        if not math.isfinite(energy):
+            raise EventNotFiniteError("FORCEREADY energy")
+        _check_finite("FORCEREADY forces", forces)
+        _check_finite("FORCEREADY virial", virial)
+        return _made(cls, energy=energy, forces=forces, virial=virial, extras=extras)
+
     @property
     def symmetric_virial(self) -> Float64s:
         """The virial as a symmetric matrix, shape (3, 3), Hartree, whatever the driver filled in.
@@ -276,20 +299,28 @@ class ForceBatch:
         ):
             if shape != expected:
                 raise EventShapeError(f"FORCEREADY {field}", f"of shape {expected}", f"shape {shape}")
-        if not all_finite(energies):
-            raise EventNotFiniteError("FORCEREADY energies")
+        _check_finite("FORCEREADY energies", energies)
         if not all(isinstance(extras, bytes) for extras in self.extras):
             raise EventShapeError("FORCEREADY extras", "bytes", "something else")
         object.__setattr__(self, "energies", energies)
         object.__setattr__(self, "forces", forces)
         object.__setattr__(self, "virials", virials)
 
+    @classmethod
+    def cut(cls, energies: Float64s, forces: Float64s, virials: Float64s, extras: tuple[bytes, ...]) -> Self:
+        """Make it of parts whose shape and type are right because they were cut so. Raises EventNotFiniteError."""
+        _check_finite("FORCEREADY energies", energies)
+        _check_finite("FORCEREADY forces", forces)
+        _check_finite("FORCEREADY virials", virials)
+        return _made(cls, energies=energies, forces=forces, virials=virials, extras=extras)
+
     def __len__(self) -> int:
         return len(self.forces)
 
     def result(self, index: int) -> ForceReady:
         """Return one result as a single message."""
-        return ForceReady(float(self.energies[index]), self.forces[index], self.virials[index], self.extras[index])
+        fields = {"forces": self.forces[index], "virial": self.virials[index], "extras": self.extras[index]}
+        return _made(ForceReady, energy=float(self.energies[index]), **fields)
 
     @classmethod
     def of(cls, results: Sequence[ForceReady], size: int) -> Self:
@@ -298,7 +329,7 @@ class ForceBatch:
         Raises:
             EventShapeError: no results, more than `size`, or of different numbers of atoms.
         """
-        if not 1 <= len(results) <= size or len({len(result.forces) for result in results}) > 1:
+        if not 1 <= len(results) <= size or (len(results) > 1 and len({len(result.forces) for result in results}) > 1):
             counts = [len(result.forces) for result in results]
             raise EventShapeError("FORCEREADY batch", f"1 to {size} results of one number of atoms", f"results of {counts} atoms")
         padded = [*results, *[results[-1]] * (size - len(results))]
@@ -317,9 +348,15 @@ Event: TypeAlias = Status | Init | PosData | PosBatch | GetForce | Exit | NeedIn
 def _made(kind: type[Made], **fields: Any) -> Made:
     """Return a message made of parts of messages that were checked when they were made."""
     event = object.__new__(kind)
+    put = object.__setattr__  # they are frozen
     for name, value in fields.items():
-        object.__setattr__(event, name, value)
+        put(event, name, value)
     return event
+
+
+def _check_finite(field: str, array: Float64s) -> None:
+    if not all_finite(array):
+        raise EventNotFiniteError(field)
 
 
 def _stacked(arrays: list[Float64s]) -> Float64s:
@@ -348,8 +385,7 @@ def _finite_array(field: str, value: Any, rows: int | None) -> Float64s:
         raise EventShapeError(field, expected, type(value).__name__) from problem
     if array.ndim != 2 or array.shape[1] != 3 or array.shape[0] != (rows or array.shape[0] or 1):
         raise EventShapeError(field, expected, f"shape {array.shape}")
-    if not all_finite(array):
-        raise EventNotFiniteError(field)
+    _check_finite(field, array)
     return array
 
 
@@ -362,8 +398,7 @@ def _finite_stack(field: str, value: Any) -> Float64s:
         raise EventShapeError(field, expected, type(value).__name__) from problem
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise EventShapeError(field, expected, f"shape {array.shape}")
-    if not all_finite(array):
-        raise EventNotFiniteError(field)
+    _check_finite(field, array)
     return array
 
 

@@ -37,6 +37,8 @@ class Inbox:
         """Return free bytes to write to, enough for a message of that size that begins with the first waiting byte; then call `filled`."""
         rest = max(message - self.waiting, 1)
         free = len(self._data) - self._end
+        if free >= rest and free >= _LEAST:
+            return self._data[self._end :]
         # moving costs as much as waits: it must have been paid for by as much that was dropped
         if free < max(rest, _LEAST) and self._start >= max(self.waiting, 1):
             self._move(self._data)

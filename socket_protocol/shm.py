@@ -112,7 +112,7 @@ class Segments:
         """
         array = np.empty(shape, np.float64)
         try:
-            count = os.preadv(self._descriptors[kind], [array.data.cast("B")], 0)
+            count = os.preadv(self._descriptors[kind], [array.data], 0)
         except OSError as problem:
             raise SharedMemoryError(f"the segment {kind!r} cannot be read ({problem.strerror})") from problem
         if count != array.nbytes:
@@ -125,13 +125,12 @@ class Segments:
         Raises:
             SharedMemoryError: the memory is not there any more.
         """
-        data = np.ascontiguousarray(array).data.cast("B")
         try:
-            written = os.pwritev(self._descriptors[kind], [data], 0)
+            written = os.pwrite(self._descriptors[kind], np.ascontiguousarray(array).data, 0)
         except OSError as problem:
             raise SharedMemoryError(f"the segment {kind!r} cannot be written to ({problem.strerror})") from problem
-        if written != len(data):
-            raise SharedMemoryError(f"the segment {kind!r} takes {written} of {len(data)} bytes")
+        if written != array.nbytes:
+            raise SharedMemoryError(f"the segment {kind!r} takes {written} of {array.nbytes} bytes")
 
     def close(self) -> None:
         """Close all. Can be called twice."""
@@ -218,8 +217,8 @@ class Shared:
             raise AtomCountError(segments.atoms, count)
         if self.size > segments.size:
             raise SharedMemoryError(f"it was made for {segments.size} configurations, INIT now announces {self.size}")
-        cells = segments.read("h", (self.size, 3, 3)).transpose(0, 2, 1)
-        return Piece(PosBatch(cells, segments.read("pos", (self.size, count, 3))), end)
+        cells = segments.read("h", (self.size, 3, 3)).transpose(0, 2, 1).copy()
+        return Piece(PosBatch.cut(cells, segments.read("pos", (self.size, count, 3))), end)
 
     def pack_forceready(self, event: ForceReady | ForceBatch) -> bytes:
         """Write the results to the memory and pack the FORCEREADY that says so; see `Layout`. Also raises SharedMemoryError."""
@@ -264,7 +263,7 @@ class Shared:
             unlink(self._names)
             self._linked = False
         count = self._segments.atoms
-        event = ForceBatch(
+        event = ForceBatch.cut(
             self._segments.read("pot", (self.size,)),
             self._segments.read("force", (self.size, count, 3)),
             self._segments.read("vir", (self.size, 3, 3)),

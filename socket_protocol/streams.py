@@ -148,8 +148,8 @@ class Stream:
                 break
             except _GONE:
                 count = 0
-            # the flag is not sticky, and a delayed ACK costs a peer with Nagle's algorithm 40 ms a message
-            self._acknowledge_quickly()
+            if self._tcp:  # the flag is not sticky, and a delayed ACK costs a peer with Nagle's algorithm 40 ms a message
+                self._acknowledge_quickly()
             connection.received(count)
             total += count
             if count < len(space):
@@ -209,7 +209,7 @@ class Stream:
         return count
 
     def _acknowledge_quickly(self) -> None:
-        if self._tcp and _QUICKACK is not None:
+        if _QUICKACK is not None:
             with contextlib.suppress(OSError):
                 self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
