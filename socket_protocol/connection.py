@@ -369,8 +369,11 @@ class Connection:
         """Whether more may be cut ahead of its turn."""
         if not self._held:
             return True
-        frames = (self._state is State.COMPUTING) + sum(isinstance(event, _FRAMES) for event, _ in self._held)
-        return len(self._held) < _HELD_MESSAGES and frames < _HELD_FRAMES
+        frames = 1 if self._state is State.COMPUTING else 0
+        for event, _ in self._held:
+            if type(event) in _FRAMES:
+                frames += 1
+        return frames < _HELD_FRAMES and len(self._held) < _HELD_MESSAGES
 
     def _may_cut(self) -> bool:
         """Whether the next message may be cut ahead of its turn: not behind an INIT, which may change what it must look like."""

@@ -329,7 +329,11 @@ class ForceBatch:
         Raises:
             EventShapeError: no results, more than `size`, or of different numbers of atoms.
         """
-        if not 1 <= len(results) <= size or (len(results) > 1 and len({len(result.forces) for result in results}) > 1):
+        if size == len(results) == 1:
+            (one,) = results
+            arrays = {"energies": np.array([one.energy]), "forces": one.forces[None], "virials": one.virial[None]}
+            return _made(cls, **arrays, extras=(one.extras,))
+        if not 1 <= len(results) <= size or len({len(result.forces) for result in results}) > 1:
             counts = [len(result.forces) for result in results]
             raise EventShapeError("FORCEREADY batch", f"1 to {size} results of one number of atoms", f"results of {counts} atoms")
         padded = [*results, *[results[-1]] * (size - len(results))]

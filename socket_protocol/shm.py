@@ -110,7 +110,7 @@ class Segments:
         Raises:
             SharedMemoryError: it is shorter than it was.
         """
-        array = np.empty(shape, np.float64)
+        array = np.empty(shape)
         try:
             count = os.preadv(self._descriptors[kind], [array.data], 0)
         except OSError as problem:
@@ -229,7 +229,7 @@ class Shared:
         self._segments.write("pot", event.energies)
         self._segments.write("force", event.forces)
         self._segments.write("vir", event.virials)
-        return b"".join((_FORCEREADY, *pack_extras(event.extras)))
+        return _FORCEREADY + b"".join(pack_extras(event.extras))
 
     # --- ENGINE ---------------------------------------------------------------------------------------------------------------------
 
