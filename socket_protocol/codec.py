@@ -55,6 +55,7 @@ HEADER: Final = 12
 _RID_AND_LENGTH = struct.Struct("=ii")
 _LENGTH = struct.Struct("=i")
 pack_length: Final = _LENGTH.pack
+pack_number: Final = struct.Struct("=d").pack
 _ENERGY_AND_COUNT = struct.Struct("=12sdi")
 _ATOM = 3 * 8
 _MATRIX = 9 * 8

@@ -3,7 +3,7 @@
 The pattern is that of all sans-I/O protocol codes: `receive_data(bytes)`, then `next_event()` until it returns `NEED_DATA` or `PAUSED`,
 and `send(event) -> bytes` for what is to be written. One message at a time ("classic") and several in one write ("pipelined") are the same
 to it: requests are answered in the order in which they came. The batched and the shared-memory dialect are noticed as they are announced;
-their frames are `PosBatch`, to be answered by `ForceBatch`.
+frames of several configurations are `PosBatch`, to be answered by `ForceBatch`.
 
 This file applies the table in `states.py`; it does not know the layout of a message, nor time, nor sockets.
 """

@@ -90,7 +90,7 @@ SHARED: Final = """
 ### Shared memory
 
 i-PI from 3.3 on, `mode="shm"`. Both programs must be on one machine, so it is never accepted over TCP. The conversation is that of the
-batched dialect, also for one frame; only the numbers lie elsewhere. The engine makes six segments of POSIX shared memory (files in
+batched dialect; only the numbers lie elsewhere. The engine makes six segments of POSIX shared memory (files in
 `/dev/shm`), sized for the first frame, and tells their names in the first POSDATA. A name has at most 200 of the characters
 `A–Z a–z 0–9 _ . -`, begins with `ipi_shm_` and has no slash. The engine writes pos and h **before** POSDATA, the driver pot, force and vir
 **before** FORCEREADY. The engine removes the segments. During the session N stays and B may not grow.

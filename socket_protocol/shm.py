@@ -5,7 +5,8 @@ POSDATA      12 | i4 N | at the first time only: 6×(i4 len, name) in the order 
 FORCEREADY   12 | B×(i4 len, len bytes extras)
 ```
 The segments hold float64: pos (B, 3N), h and ih (B, 3, 3), pot (B), force (B, 3N), vir (B, 3, 3), B from INIT or 1. The engine makes and
-removes them. The mode is not announced: it is recognised by the names in the first POSDATA, which in any other layout are numbers.
+removes them. With B = 1 the messages are `PosData` and `ForceReady`, as they are without shared memory, with more `PosBatch` and
+`ForceBatch`. The mode is not announced: it is recognised by the names in the first POSDATA, which in any other layout are numbers.
 
 The memory is read and written through its descriptor, not mapped: an engine that truncates a mapped segment would end this process.
 
@@ -36,6 +37,7 @@ from tumbaga.socket_protocol.codec import (
     int_at,
     inverse,
     pack_length,
+    pack_number,
 )
 from tumbaga.socket_protocol.errors import AtomCountError, LayoutError, SharedMemoryError
 from tumbaga.socket_protocol.events import Float64s, ForceBatch, ForceReady, PosBatch, PosData
@@ -119,18 +121,18 @@ class Segments:
             raise SharedMemoryError(f"the segment {kind!r} has become shorter than {array.nbytes} bytes")
         return array
 
-    def write(self, kind: str, array: Float64s) -> None:
+    def write(self, kind: str, data: bytes | memoryview) -> None:
         """Write a whole segment.
 
         Raises:
             SharedMemoryError: the memory is not there any more.
         """
         try:
-            written = os.pwrite(self._descriptors[kind], np.ascontiguousarray(array).data, 0)
+            written = os.pwrite(self._descriptors[kind], data, 0)
         except OSError as problem:
             raise SharedMemoryError(f"the segment {kind!r} cannot be written to ({problem.strerror})") from problem
-        if written != array.nbytes:
-            raise SharedMemoryError(f"the segment {kind!r} takes {written} of {array.nbytes} bytes")
+        if written != (size := memoryview(data).nbytes):
+            raise SharedMemoryError(f"the segment {kind!r} takes {written} of {size} bytes")
 
     def close(self) -> None:
         """Close all. Can be called twice."""
@@ -217,40 +219,51 @@ class Shared:
             raise AtomCountError(segments.atoms, count)
         if self.size > segments.size:
             raise SharedMemoryError(f"it was made for {segments.size} configurations, INIT now announces {self.size}")
+        if self.size == 1:
+            return Piece(PosData.cut(segments.read("h", (3, 3)).T.copy(), segments.read("pos", (count, 3))), end)
         cells = segments.read("h", (self.size, 3, 3)).transpose(0, 2, 1).copy()
         return Piece(PosBatch.cut(cells, segments.read("pos", (self.size, count, 3))), end)
 
     def pack_forceready(self, event: ForceReady | ForceBatch) -> bytes:
         """Write the results to the memory and pack the FORCEREADY that says so; see `Layout`. Also raises SharedMemoryError."""
         # the size may have changed since the frame came; that they fit to one another is the connection's to check
-        if not isinstance(event, ForceBatch) or self._segments is None or len(event) > self._segments.size:
+        segments = self._segments
+        if segments is None or (isinstance(event, ForceBatch) and len(event) > segments.size):
             raise LayoutError(event.word, f"{self.size} configurations")
+        if isinstance(event, ForceReady):
+            check_finite("FORCEREADY", event.forces, event.virial)
+            segments.write("pot", pack_number(event.energy))
+            segments.write("force", event.forces.data)
+            segments.write("vir", event.virial.data)
+            return b"".join((_FORCEREADY, pack_length(len(event.extras)), event.extras))
         check_finite("FORCEREADY", event.energies, event.forces, event.virials)
-        self._segments.write("pot", event.energies)
-        self._segments.write("force", event.forces)
-        self._segments.write("vir", event.virials)
-        return _FORCEREADY + b"".join(pack_extras(event.extras))
+        segments.write("pot", event.energies.data)
+        segments.write("force", event.forces.data)
+        segments.write("vir", event.virials.data)
+        return b"".join((_FORCEREADY, *pack_extras(event.extras)))
 
     # --- ENGINE ---------------------------------------------------------------------------------------------------------------------
 
     def pack_posdata(self, event: PosData | PosBatch) -> bytes:
         """Write the configurations to the memory and pack the POSDATA that says so; see `Layout`. Also raises OSError."""
-        if not isinstance(event, PosBatch) or len(event) != self.size:
-            raise LayoutError(event.word, f"{self.size} configurations")
-        check_finite("POSDATA", event.cells, event.positions)
+        cells = event.cell[None] if isinstance(event, PosData) else event.cells
+        if len(cells) != self.size or (self.size == 1) is not isinstance(event, PosData):
+            raise LayoutError(event.word, "one configuration" if self.size == 1 else f"{self.size} configurations")
+        check_finite("POSDATA", cells, event.positions)
+        atoms = event.positions.shape[-2]
         told: list[bytes] = []
         if self._segments is None:
-            self._segments = Segments.create(self._names, self.size, event.atoms)
+            self._segments = Segments.create(self._names, self.size, atoms)
             self._linked = True
             told = pack_extras(tuple(name.encode() for name in self._names))
-        if len(event) > self._segments.size:
+        if self.size > self._segments.size:
             raise LayoutError(event.word, f"at most {self._segments.size} configurations, for which the memory was made,")
-        if event.atoms != self._segments.atoms:
+        if atoms != self._segments.atoms:
             raise LayoutError(event.word, f"{self._segments.atoms} atoms a configuration")
-        self._segments.write("pos", event.positions)
-        self._segments.write("h", event.cells.transpose(0, 2, 1))
-        self._segments.write("ih", np.stack([inverse(cell).T for cell in event.cells]))
-        return b"".join((_POSDATA, pack_length(event.atoms), *told))
+        self._segments.write("pos", event.positions.data)
+        self._segments.write("h", cells.transpose(0, 2, 1).copy().data)
+        self._segments.write("ih", np.ascontiguousarray([inverse(cell).T for cell in cells]).data)
+        return b"".join((_POSDATA, pack_length(atoms), *told))
 
     def cut_forceready(self, view: memoryview, limits: Limits, atoms: int | None) -> Cut:
         """Cut a FORCEREADY and copy the results; see `Layout`. Also raises SharedMemoryError."""
@@ -263,11 +276,13 @@ class Shared:
             unlink(self._names)
             self._linked = False
         count = self._segments.atoms
-        event = ForceBatch.cut(
-            self._segments.read("pot", (self.size,)),
-            self._segments.read("force", (self.size, count, 3)),
-            self._segments.read("vir", (self.size, 3, 3)),
-            extras,
+        energies = self._segments.read("pot", (self.size,))
+        forces = self._segments.read("force", (self.size, count, 3))
+        virials = self._segments.read("vir", (self.size, 3, 3))
+        event = (
+            ForceReady.cut(float(energies[0]), forces[0], virials[0], extras[0])
+            if self.size == 1
+            else ForceBatch.cut(energies, forces, virials, extras)
         )
         return Piece(event, HEADER + extras_size(extras))
 

@@ -35,7 +35,7 @@ from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Dialling, Listener, Stream, dial
 
 Dialect: TypeAlias = Literal["classic", "pipelined"]
-_AWAKE_S = 150e-6  # a peer on this machine mostly goes on within that; falling asleep and being woken takes half as long
+_AWAKE_S = 20e-6
 
 
 def connection_pair(atoms: int | None = None, limits: Limits | None = None) -> tuple[Connection, Connection]:
@@ -120,7 +120,7 @@ class BlockingEngine:
         init_text: sent in INIT; with `batch_size:B` in it, frames travel by batches of B: use `batch`.
         timeout: seconds that one answer may take.
         limits: the most to accept.
-        shared: what the names of shared-memory segments begin with, `ipi_shm_` and something unique: use `batch` then; empty for none.
+        shared: what the names of shared-memory segments begin with, `ipi_shm_` and something unique; empty for none.
     """
 
     def __init__(
@@ -176,11 +176,13 @@ class BlockingEngine:
         return _plain(result)
 
     def batch(self, frames: Sequence[PosData]) -> list[Forces]:
-        """Return what `forces` does, for up to as many frames as INIT announced, in one message padded as i-PI pads it.
+        """Return what `forces` does, for up to as many frames as INIT announced, in one message padded as i-PI pads it, or one by one.
 
         Raises:
             ConnectionError, TimeoutError, RemoteProtocolError: as `forces`.
         """
+        if self._batch_size == 1:
+            return [self.forces(frame.positions, frame.cell) for frame in frames]
         result = self._ask(PosBatch.of(frames, self._batch_size))
         assert isinstance(result, ForceBatch)
         return [_plain(result.result(index)) for index in range(len(frames))]

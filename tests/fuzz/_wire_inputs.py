@@ -56,17 +56,17 @@ Thing = TypeVar("Thing")
 
 @cache
 def frame(size: int, atoms: int) -> PosData | PosBatch:
-    """Return a good frame; size 0 is a single one."""
+    """Return a good frame; size 0 or 1 is a single one."""
     rng = np.random.default_rng(atoms)
-    if not size:
+    if size < 2:
         return PosData(9 * np.eye(3), rng.normal(size=(atoms, 3)))
     return PosBatch(np.stack([9 * np.eye(3)] * size), rng.normal(size=(size, atoms, 3)))
 
 
 @cache
 def answer(size: int, atoms: int, extras: bytes = GOOD) -> ForceReady | ForceBatch:
-    """Return an answer; size 0 is a single one."""
-    if not size:
+    """Return an answer; size 0 or 1 is a single one."""
+    if size < 2:
         return ForceReady(-1.0, np.ones((atoms, 3)), np.eye(3), extras)
     return ForceBatch(np.zeros(size), np.ones((size, atoms, 3)), np.ones((size, 3, 3)), (extras,) * size)
 
@@ -86,7 +86,7 @@ def names(group: str) -> bytes:
 def talk(role: str, dialect: str, size: int, atoms: int, classic: bool) -> tuple[bytes, ...]:
     """Return what one peer says in a conversation in which nothing is wrong."""
     words = {word: encode(word()) for word in (Status, GetForce, NeedInit, Ready, HaveData)}
-    layout = SINGLE if dialect == "single" else Batched(size)
+    layout = SINGLE if dialect == "single" or size == 1 else Batched(size)
     if role == "driver":
         frames = [layout.pack_posdata(frame(0 if dialect == "single" else size, atoms))] * 3
         if dialect == "shared":
@@ -108,7 +108,7 @@ def scraps() -> Iterator[bytes]:
     yield from (b"BUSY        ", b"status      ", b"STATUS\0\0\0\0\0\0", struct.pack("=iii", 1, 4, 16), b"POSDATA     ", b"FORCEREADY  ")
     for text in TEXTS:
         yield b"INIT        " + struct.pack("=ii", 7, len(text)) + text
-    for size, atoms in ((0, 1), (0, 4), (0, 5), (1, 2), (2, 2), (4, 4), (5, 1)):
+    for size, atoms in ((0, 1), (0, 4), (0, 5), (3, 2), (2, 2), (4, 4), (5, 1)):
         layout = Batched(size) if size else SINGLE
         yield layout.pack_posdata(frame(size, atoms))
         yield from (layout.pack_forceready(answer(size, atoms, extras)) for extras in EXTRAS[:21])

@@ -75,8 +75,7 @@ class Talk(RuleBasedStateMachine):
         self.engine = Connection(Role.ENGINE, shared=self.prefix if shared else False)
         self.driver = Connection(Role.DRIVER, shared=shared)
         self.batch, self.atoms = (0 if dialect == "single" else size), atoms
-        self.announced = shared  # whether frames are batches
-        self.size = 1
+        self.size = 1  # of a frame
         self.pipes = {Role.DRIVER: bytearray(), Role.ENGINE: bytearray()}
         self.requested: deque[list[Any]] = deque()  # sent by the engine, not yet seen by the driver
         self.answered: deque[list[Any]] = deque()  # sent by the driver, not yet seen by the engine
@@ -99,7 +98,6 @@ class Talk(RuleBasedStateMachine):
     @rule(rid=st.integers(-1, 5))
     def give_init(self, rid: int) -> None:
         self.write(self.engine, Init(rid, b"batch_size:%d" % self.batch if self.batch else b" "))
-        self.announced = self.announced or bool(self.batch)
         self.size = self.batch or 1
 
     @precondition(lambda self: self.engine.state is State.READY and not self.engine.unanswered)
@@ -107,7 +105,7 @@ class Talk(RuleBasedStateMachine):
     def give_frame(self, seed: int, more: tuple[Event, ...]) -> None:
         rng = np.random.default_rng(seed)
         frames = [PosData(rng.normal(size=(3, 3)), rng.normal(size=(self.atoms, 3))) for _ in range(rng.integers(1, self.size + 1))]
-        self.write(self.engine, PosBatch.of(frames, self.size) if self.announced else frames[0])
+        self.write(self.engine, PosBatch.of(frames, self.size) if self.size > 1 else frames[0])
         for event in more:
             self.write(self.engine, event)
 

@@ -266,12 +266,12 @@ def test_shared_memory_is_recognised_from_the_first_frame(segments: str, chunk: 
 
     events = events_of(driver, encode(Init(0, b" ")) + data + encode(GetForce()), chunk)
 
-    assert isinstance(events[1], PosBatch)
-    assert np.array_equal(events[1].cells[0], CELL)
-    assert np.array_equal(events[1].positions[0].ravel(), np.arange(6.0))
+    assert isinstance(events[1], PosData)
+    assert np.array_equal(events[1].cell, CELL)
+    assert np.array_equal(events[1].positions.ravel(), np.arange(6.0))
     driver.complete()
     assert driver.next_event() == GetForce()
-    assert driver.send(ForceBatch.of([ForceReady(3.0, np.ones((2, 3)), np.eye(3))], 1)) == b"FORCEREADY  " + i4(0)
+    assert driver.send(ForceReady(3.0, np.ones((2, 3)), np.eye(3))) == b"FORCEREADY  " + i4(0)
     assert (SHM / f"{segments}pot").read_bytes() == f8(np.array([3.0]))
     assert (SHM / f"{segments}force").read_bytes() == f8(np.ones(6))
     assert driver.next_event() is NEED_DATA
@@ -298,7 +298,7 @@ def test_a_segment_truncated_in_mid_session_ends_the_session_and_not_the_process
     events_of(driver, shared_posdata(segments, 200))
     driver.complete()
     events_of(driver, encode(GetForce()))
-    driver.send(ForceBatch.of([ForceReady(3.0, np.ones((200, 3)), np.eye(3))], 1))
+    driver.send(ForceReady(3.0, np.ones((200, 3)), np.eye(3)))
     os.truncate(SHM / f"{segments}pos", 0)
 
     with pytest.raises(errors.SharedMemoryError, match="shorter"):

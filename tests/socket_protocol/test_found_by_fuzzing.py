@@ -73,7 +73,7 @@ def sharing(prefix: str) -> Iterator[tuple[Connection, Connection]]:
     pump(engine, driver, Status())
     driver.answer_status()
     events_of(engine, wire(Ready()))
-    pump(engine, driver, batch(1, 2), GetForce())
+    pump(engine, driver, frame(2), GetForce())
     yield engine, driver
     engine.close()
     driver.close()
@@ -141,14 +141,14 @@ def test_an_init_read_ahead_does_not_change_the_answer_in_shared_memory(sharing:
     driver.complete()
     assert driver.next_event() == GetForce()
 
-    assert isinstance(events_of(engine, driver.send(results(1, 2)))[0], ForceBatch)
+    assert isinstance(events_of(engine, driver.send(result(2)))[0], ForceReady)
 
 
 def test_a_batch_that_the_segments_were_not_made_for_is_refused_before_it_is_written(sharing: tuple[Connection, Connection]) -> None:
     engine, driver = sharing
     driver.complete()
     driver.next_event()
-    events_of(engine, driver.send(results(1, 2)))
+    events_of(engine, driver.send(result(2)))
     engine.send(Status())
     events_of(engine, wire(NeedInit()))
     engine.send(Init(0, b"batch_size:3"))

@@ -81,7 +81,7 @@ class Bench:
     def event(self, word: Word) -> Event:
         """Return a message as it is in this dialect now."""
         made = {Init: self.init(), PosData: SINGLE_FRAME, ForceReady: SINGLE_RESULT}
-        if self.size:
+        if self.size > 1:
             made[PosData] = PosBatch.of([SINGLE_FRAME], self.size)
             made[ForceReady] = ForceBatch.of([SINGLE_RESULT], self.size)
         return made[word] if word in made else word()  # type: ignore[return-value, call-arg]
