@@ -18,7 +18,7 @@ Source: "Communication protocol" in the i-PI documentation, checked against i-PI
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
@@ -95,8 +95,6 @@ class Piece(NamedTuple):
 Cut: TypeAlias = Piece | int
 """What cutting the first message off a buffer gives: the message, or the number of bytes that must be there before it is worth a try."""
 
-Decoder = Callable[[memoryview, Limits, int | None, "Layout"], Cut]
-
 
 class Layout(Protocol):
     """What POSDATA and FORCEREADY look like in one dialect."""
@@ -141,20 +139,24 @@ def decode(role: Role, view: memoryview, limits: Limits, atoms: int | None = Non
     bare = _BARE[role].get(header)
     if bare is not None:
         return bare
-    decoder = _DECODERS[role].get(header)
-    if decoder is None:
+    if header not in _LONG[role]:
         raise UnknownHeaderError(header, _WORDS[role])
     try:
-        found = decoder(view, limits, atoms, layout or SINGLE)
+        if header == _POSDATA:
+            found = (layout or SINGLE).cut_posdata(view, limits, atoms)
+        elif header == _FORCEREADY:
+            found = (layout or SINGLE).cut_forceready(view, limits, atoms)
+        else:
+            found = _cut_init(view, limits)
     except EventNotFiniteError as problem:
         raise NotFiniteError(problem.field) from None
-    size = found if isinstance(found, int) else found.size
+    size = found if type(found) is int else found[1]  # type: ignore[index]
     if size > limits.max_message:
         raise MessageTooLargeError(f"size of {header.decode().rstrip()} in bytes", size, limits.max_message)
     return found
 
 
-def _decode_init(view: memoryview, limits: Limits, _atoms: int | None, _layout: Layout) -> Cut:
+def _cut_init(view: memoryview, limits: Limits) -> Cut:
     if len(view) < INIT_TEXT:
         return INIT_TEXT
     rid, length = int_at(view, HEADER), int_at(view, HEADER + 4)
@@ -202,16 +204,9 @@ _BARE: Final[Mapping[Role, Mapping[bytes, Piece]]] = {
     role: {header_of(event): Piece(event, HEADER) for event in events}
     for role, events in ((Role.DRIVER, (Status(), GetForce(), Exit())), (Role.ENGINE, (NeedInit(), Ready(), HaveData())))
 }
-_DECODERS: Final[Mapping[Role, Mapping[bytes, Decoder]]] = {
-    Role.DRIVER: {
-        header_of(Init): _decode_init,
-        header_of(PosData): lambda view, limits, atoms, layout: layout.cut_posdata(view, limits, atoms),
-    },
-    Role.ENGINE: {
-        header_of(ForceReady): lambda view, limits, atoms, layout: layout.cut_forceready(view, limits, atoms),
-    },
-}
-_WORDS = {role: tuple(header.decode().rstrip() for header in (*_BARE[role], *_DECODERS[role])) for role in _DECODERS}
+_POSDATA, _FORCEREADY = header_of(PosData), header_of(ForceReady)
+_LONG: Final[Mapping[Role, tuple[bytes, ...]]] = {Role.DRIVER: (_POSDATA, header_of(Init)), Role.ENGINE: (_FORCEREADY,)}
+_WORDS = {role: tuple(header.decode().rstrip() for header in (*_BARE[role], *_LONG[role])) for role in _LONG}
 
 
 # --- encoding -----------------------------------------------------------------------------------------------------------------------
@@ -337,5 +332,4 @@ class Single:
         return _FORCEREADY_FORCES + atoms * _ATOM + _MATRIX + _LENGTH.size + limits.max_extras
 
 
-_POSDATA, _FORCEREADY = header_of(PosData), header_of(ForceReady)
 SINGLE: Final = Single()

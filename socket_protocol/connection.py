@@ -419,9 +419,16 @@ class Connection:
         if state is None or not self._is_due(kind):
             unanswered = "+".join(word.word for word in self._unanswered)
             raise NotOurTurnError(f"sending {event.word}", self._state.name, unanswered)
-        data = self._encoded(event)
+        if isinstance(event, _RESULTS):
+            keys = self._check_answer(event)
+            data = self._answers.pack_forceready(event)
+            self._extras_keys = keys
+            self._unanswered.popleft()
+            self._frame = None
+        else:
+            data = self._encoded(event)
+            self._note_sent(event)
         self._enter(state)
-        self._note_sent(event)
         return data
 
     def answer_status(self) -> bytes:
@@ -457,12 +464,7 @@ class Connection:
         return not (self._unanswered and kind in (Init, PosData, PosBatch))
 
     def _encoded(self, event: Event) -> bytes:
-        """Return the bytes of a message, after refusing what is well formed and would still break the peer."""
-        if isinstance(event, _RESULTS):
-            keys = self._check_answer(event)
-            data = encode(event, self._answers)
-            self._extras_keys = keys
-            return data
+        """Return the bytes of a message that is no result, after refusing what is well formed and would still break the peer."""
         if isinstance(event, _FRAMES):
             atoms = _measures(event)[1]
             if self._expected_atoms not in (None, atoms):
@@ -472,16 +474,12 @@ class Connection:
         return encode(event, self._layout)
 
     def _check_answer(self, event: ForceReady | ForceBatch) -> frozenset[str]:
-        """Return the keys of the extras of an answer that fits to its frame."""
+        """Return the keys of the extras of an answer that fits to its frame; they must be those of the first answer."""
         measures = size, atoms = _measures(event)
         if self._frame is not None and measures != self._frame:
             if size != self._frame[0]:
                 raise LayoutError(event.word, f"{self._frame[0] or 'one'} configuration{'s' * (self._frame[0] > 1)}")
             raise AnswerAtomCountError(self._frame[1], atoms)
-        return self._keys(event)
-
-    def _keys(self, event: ForceReady | ForceBatch) -> frozenset[str]:
-        """Return the keys of all extras, which must be those of the first answer."""
         first = self._extras_keys
         for extras in event.extras if isinstance(event, ForceBatch) else (event.extras,):
             keys = check_extras(extras)
@@ -492,6 +490,7 @@ class Connection:
         return first or frozenset()
 
     def _note_sent(self, event: Event) -> None:
+        """Make the step that belongs to a message that is no result."""
         kind = type(event)
         if kind is Status or kind is GetForce:
             self._unanswered.append(kind)
@@ -503,8 +502,6 @@ class Connection:
             self._forget()
         elif kind in REQUEST_OF:
             self._unanswered.popleft()
-            if isinstance(event, _RESULTS):
-                self._frame = None
 
 
 def _measures(event: PosData | PosBatch | ForceReady | ForceBatch) -> tuple[int, int]:

@@ -82,8 +82,8 @@ class PosData:
     @classmethod
     def cut(cls, cell: Float64s, positions: Float64s) -> Self:
         """Make it of arrays whose shape and type are right because they were cut so. Raises EventNotFiniteError."""
-        _check_finite("POSDATA cell", cell)
-        _check_finite("POSDATA positions", positions)
+        if not (all_finite(cell) and all_finite(positions)):
+            raise EventNotFiniteError("POSDATA cell" if not all_finite(cell) else "POSDATA positions")
         return _made(cls, cell=cell, positions=positions)
 
     @property

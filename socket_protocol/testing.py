@@ -35,7 +35,7 @@ from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Dialling, Listener, Stream, dial
 
 Dialect: TypeAlias = Literal["classic", "pipelined"]
-_AWAKE_S = 20e-6
+_AWAKE_S = 50e-6
 
 
 def connection_pair(atoms: int | None = None, limits: Limits | None = None) -> tuple[Connection, Connection]:
@@ -268,11 +268,11 @@ class BlockingDriver:
             while not isinstance(event := self._talk.next(), Exit):
                 if isinstance(event, Status):
                     self._talk.write(self.connection.answer_status())
-                elif isinstance(event, Init):
-                    self.inits.append(event)
-                elif isinstance(event, PosData | PosBatch):
+                elif isinstance(event, (PosData, PosBatch)):
                     answer = self._answer(event)
                     self.connection.complete()
+                elif isinstance(event, Init):
+                    self.inits.append(event)
                 elif answer is not None:
                     self._talk.write(self.connection.send(answer))
 
