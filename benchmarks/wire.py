@@ -252,7 +252,7 @@ def main() -> int:
     parser.add_argument("--repetitions", metavar="N", type=int, help="how often")
     options = parser.parse_args()
     sizes = options.sizes or ([38, 147] if options.quick else [13, 38, 147, 1000])
-    repetitions = options.repetitions or (2 if options.quick else 4)
+    repetitions = options.repetitions or (2 if options.quick else 3)
     rows = [row for row in ROWS if options.only in (None, row.engine)]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
     begin = time.monotonic()
