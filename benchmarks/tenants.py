@@ -1,0 +1,322 @@
+"""Many engines at one server: steps a second of 1, 4, 8 and 16 engines of mixed size, beside as many private drivers of the same back end.
+
+    python benchmarks/tenants.py [--quick] [--json FILE] [--model MODEL] [--engines N ...]
+
+The engines are raw ones (Cu-Au clusters of SIZES in turn): each sends its next frame as soon as it has its answer. All of them live in this
+one process, which waits for all sockets at once; as many Python processes would take from those under test the processor that both need.
+"server" is one `tumbaga serve` with an address for each engine; "private" is one process for each engine with the back end and the wire in
+it, which is how it is done without a server (see _private_driver.py). "bound" is the back end alone: a batch of one frame of each engine,
+and the same frames one by one, by turns in one process. Torch has one thread in each process: so the server computes on one core, as the
+bound does, and private drivers on as many as there are.
+
+For each number of engines the three are measured by turns, window after window, each REPETITIONS times, in an order that turns; those that
+are not measured are idle. Engines ask for a while before a window begins, and all answers are awaited before the next one. Figures are
+medians over repetitions, ratios medians of the ratios within repetitions.
+
+Steps a second flatter whoever serves small engines more often: private drivers share the processor, so that an engine of 13 atoms takes
+several steps in the time of one of 55, while in a batch all wait for all. The column "by atoms" is the same ratio with each step weighed by
+its atoms, and "slowest" is the slowest engine's rate over the mean, for both.
+
+Memory is the PSS of all processes of the server, taken while there is no private driver, and of all private drivers, taken when the server
+is gone; what else on the machine has the same libraries loaded lowers both. It is reported and not judged.
+
+Pass: with 8 and 16 engines the server makes at least BOUND of the frames a second that the back end makes in batches; with any number not
+fewer steps a second than private drivers, within MARGIN; no engine of the server is slower than SLOWEST of their mean.
+
+--model takes any potential that knows Cu and Au; the line should be judged for a foundation model, too, once one is a back end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ase
+import numpy as np
+import numpy.typing as npt
+from _answerers import HERE
+from _machine import described
+from _raw_engines import PATIENCE_S, RawEngine, Where, answered, moved, place, server
+from ase.cluster import Icosahedron
+
+from tumbaga.driver.testing import processes_in
+
+BOUND, MARGIN, SLOWEST = 0.9, 0.05, 0.5
+SIZES = (13, 20, 38, 55)
+ENGINES = (1, 4, 8, 16)
+JUDGED = (8, 16)  # by the bound
+REPETITIONS = 3
+SERVER, PRIVATE, ALONE = "server", "private", "bound"
+WHO = (SERVER, PRIVATE, ALONE)
+_MOMENT = 0.01  # s
+_SAME = 1e-3  # eV/Å: float32 inside, and a batch sums up in another order
+
+
+@dataclass(frozen=True)
+class Length:
+    """Seconds of a window, and of asking before it begins."""
+
+    window: float
+    warm: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one number of engines: rates a second, memory in MiB; `steps` of each engine in each repetition are for the record."""
+
+    model: str
+    engines: int
+    server: float
+    private: float
+    ratio: float
+    ratio_by_atoms: float
+    batched: float
+    single: float
+    scaling: float
+    share: float
+    slowest: float
+    slowest_private: float
+    server_mib: float
+    private_mib: float
+    steps: dict[str, list[list[float]]]
+
+
+def cluster(size: int) -> ase.Atoms:
+    """The innermost atoms of an icosahedron, Au on the first quarter, in a box: closed shells with 13 and 55."""
+    whole = Icosahedron("Cu", 4)
+    inner = np.argsort(np.linalg.norm(whole.positions - whole.positions.mean(axis=0), axis=1).round(6), kind="stable")[:size]
+    atoms = ase.Atoms(["Cu"] * size, whole.positions[inner], cell=[40.0] * 3)
+    atoms.numbers[: size // 4] = 79
+    atoms.center()
+    return atoms
+
+
+def window(engines: Sequence[RawEngine], length: Length) -> list[float]:
+    """Have all ask, and again as soon as they are answered; return the steps a second of each once they are warm.
+
+    Raises:
+        TimeoutError: nobody gets an answer any more, or somebody got fewer than two in the whole window.
+    """
+    times: dict[RawEngine, list[float]] = {engine: [] for engine in engines}
+    with selectors.DefaultSelector() as selector:
+        for one in engines:
+            selector.register(one, selectors.EVENT_READ, one)
+            one.ask()
+        begin = time.perf_counter() + length.warm
+        end, asking = begin + length.window, len(engines)
+        while asking:
+            if not (ready := selector.select(PATIENCE_S)):
+                raise TimeoutError(f"no engine got an answer within {PATIENCE_S:g} s")
+            now = time.perf_counter()
+            for key, _ in ready:
+                engine: RawEngine = key.data
+                if not engine.take():
+                    continue
+                if begin <= now < end:
+                    times[engine].append(now)
+                if now < end:
+                    engine.ask()
+                else:
+                    asking -= 1
+    if min(map(len, times.values())) < 2:
+        raise TimeoutError(f"an engine made fewer than two steps within {length.window:g} s")
+    # from answer to answer: in a short window the step that is cut at its end would count
+    return [(len(each) - 1) / (each[-1] - each[0]) for each in times.values()]
+
+
+def pss(pids: Sequence[int]) -> float:
+    """MiB of all these processes, pages that several share divided among them."""
+    found = [re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE) for pid in pids]
+    return sum(int(one.group(1)) for one in found if one) / 1024
+
+
+class Alone:
+    """The back end in a process of its own; see _batch_scaling.py.
+
+    Args:
+        model: its name.
+        where: the engines' structures.
+    """
+
+    def __init__(self, model: str, where: Where) -> None:
+        program = [sys.executable, str(HERE / "_batch_scaling.py"), model, *(str(one.structure) for one, _, _ in where)]
+        self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment())
+        self.rates(_MOMENT)  # waits until it has started, which takes more of the processor than anybody measured here should share
+
+    def rates(self, seconds: float) -> tuple[float, float]:
+        """Frames a second, batched and one by one."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(seconds, file=self._process.stdin, flush=True)
+        told: dict[str, float] = json.loads(self._process.stdout.readline())
+        return told["batched"], told["single"]
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def tenants(folder: Path, kind: str, number: int) -> Where:
+    """Engines of mixed size, each with frames of its own; those of the same number ask for the same frames whoever answers."""
+    made = [cluster(SIZES[index % len(SIZES)]) for index in range(number)]
+    return [(place(folder, f"{kind}-{index}", atoms), atoms, moved(atoms, index)) for index, atoms in enumerate(made)]
+
+
+def private(model: str, where: Where) -> list[list[str]]:
+    """A driver for each engine."""
+    program = str(HERE / "_private_driver.py")
+    return [[sys.executable, program, one.address, model, str(one.structure)] for one, _, _ in where]
+
+
+def compare(one: Sequence[RawEngine], other: Sequence[RawEngine]) -> None:
+    """Have both ask for their first frames, which are the same.
+
+    Raises:
+        ValueError: the forces differ.
+    """
+    for engine in (*one, *other):
+        engine.begin_again()
+        engine.call()
+    apart = max(float(np.abs(first.forces() - second.forces()).max()) for first, second in zip(one, other, strict=True))
+    if not apart <= _SAME:
+        raise ValueError(f"the forces of the server and of private drivers differ by {apart:g} eV/Å")
+
+
+Rates = dict[str, list[list[float]]]  # of whom, in each repetition: of each engine, or batched and one by one
+
+
+def turns(served: Sequence[RawEngine], driven: Sequence[RawEngine], alone: Alone, length: Length) -> Rates:
+    """Measure all three by turns."""
+    does: dict[str, Callable[[], Sequence[float]]] = {
+        SERVER: lambda: window(served, length),
+        PRIVATE: lambda: window(driven, length),
+        ALONE: lambda: alone.rates(length.window),
+    }
+    rates: Rates = defaultdict(list)
+    for repetition in range(REPETITIONS):
+        for who in WHO[repetition % 3 :] + WHO[: repetition % 3]:
+            rates[who].append(list(does[who]()))
+    return rates
+
+
+def measured(model: str, number: int, length: Length) -> Row:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as made, contextlib.ExitStack() as last:
+        folder = Path(made)
+        shared, own = tenants(folder, "shared", number), tenants(folder, "own", number)
+        with contextlib.ExitStack() as first:
+            run_dir = folder / "run"
+            _, served = first.enter_context(answered([server(model, [one for one, _, _ in shared], run_dir)], shared))
+            window(served, length)  # memory is what it is after some work
+            server_mib = pss([pid for pid, _ in processes_in(run_dir)])
+            pids, driven = last.enter_context(answered(private(model, own), own))
+            alone = first.enter_context(contextlib.closing(Alone(model, shared)))
+            compare(served, driven)
+            rates = turns(served, driven, alone, length)
+        # the server and the back end alone are gone
+        return summed_up(model, rates, [len(atoms) for _, atoms, _ in own], server_mib, pss(pids))
+
+
+def summed_up(model: str, rates: Rates, atoms: Sequence[int], server_mib: float, private_mib: float) -> Row:
+    """Put the medians over repetitions together."""
+    by_server, by_private = np.array(rates[SERVER]), np.array(rates[PRIVATE])  # (repetitions, engines)
+    batched, single = np.array(rates[ALONE]).T
+    total, total_private = by_server.sum(axis=1), by_private.sum(axis=1)
+
+    def median(values: npt.NDArray[np.float64]) -> float:
+        return round(float(np.median(values)), 3)
+
+    return Row(
+        model=model,
+        engines=len(atoms),
+        server=median(total),
+        private=median(total_private),
+        ratio=median(total / total_private),
+        ratio_by_atoms=median(by_server @ atoms / (by_private @ atoms)),
+        batched=median(batched),
+        single=median(single),
+        scaling=median(batched / single),
+        share=median(total / batched),
+        slowest=median(by_server.min(axis=1) / by_server.mean(axis=1)),
+        slowest_private=median(by_private.min(axis=1) / by_private.mean(axis=1)),
+        server_mib=round(server_mib, 1),
+        private_mib=round(private_mib, 1),
+        steps={SERVER: by_server.round(2).tolist(), PRIVATE: by_private.round(2).tolist()},
+    )
+
+
+HEAD = f"{'':7} {'steps/s':^24} {'by':>6} {'in process, frames/s':^28} {'share of':>8} {'slowest/mean':^15} {'memory, MiB':^22}\n" + (
+    f"{'engines':>7} {'server':>8} {'private':>8} {'ratio':>6} {'atoms':>6} {'batched':>9} {'one by 1':>9} {'scaling':>8} "
+    f"{'bound':>8} {'server':>7} {'private':>7} {'server':>7} {'private':>7} {'ratio':>6}"
+)
+
+
+def line(row: Row) -> str:
+    """A line of the table."""
+    return (
+        f"{row.engines:7d} {row.server:8.1f} {row.private:8.1f} {row.ratio:6.2f} {row.ratio_by_atoms:6.2f} "
+        f"{row.batched:9.1f} {row.single:9.1f} {row.scaling:8.2f} {row.share:8.2f} {row.slowest:7.2f} {row.slowest_private:7.2f} "
+        f"{row.server_mib:7.0f} {row.private_mib:7.0f} {row.server_mib / row.private_mib:6.2f}"
+    )
+
+
+def missed(rows: Sequence[Row]) -> list[str]:
+    """The pass lines that were not reached, each in words."""
+    found = []
+    for row in rows:
+        if row.engines in JUDGED and row.share < BOUND:
+            found.append(f"the server reaches {row.share:.2f} of the back end's frames a second in batches, not {BOUND:g}")
+            found[-1] += f" ({row.engines} engines)"
+        if row.ratio < 1.0 - MARGIN:
+            found.append(f"the server makes {row.ratio:.2f} times the steps of private drivers ({row.engines} engines)")
+        if row.slowest < SLOWEST:
+            found.append(f"an engine of the server has {row.slowest:.2f} of the mean rate, not {SLOWEST:g} ({row.engines} engines)")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter windows; the same checks")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+    parser.add_argument("--model", metavar="MODEL", default="painn:cuau-water", help="another potential; it must know Cu and Au")
+    parser.add_argument("--engines", metavar="N", type=int, nargs="+", default=ENGINES, help="these numbers only")
+    options = parser.parse_args()
+    length = Length(3.0, 0.5) if options.quick else Length(10.0, 2.0)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
+    rows = []
+    print(HEAD)
+    for number in options.engines:
+        rows.append(measured(options.model, number, length))
+        print(line(rows[-1]), flush=True)
+    faults = missed(rows)
+    if options.json:
+        command = " ".join(["python", "benchmarks/tenants.py", *sys.argv[1:]])
+        told = {"machine": described(), "command": command, "passed": not faults, "missed": faults, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+    if faults:
+        print(f"MISSED: {'; '.join(faults)}")
+        return 1
+    print(f"passed: {BOUND:.0%} of the bound with {JUDGED[0]} engines or more, no fewer steps than private drivers, nobody left behind")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
