@@ -20,8 +20,9 @@ from ase.data import chemical_symbols
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tumbaga.driver.backends.painn_lists import Lists
 from tumbaga.driver.backends.painn_net import Hyper, Network
-from tumbaga.driver.backends.painn_pairs import Core, pairs
+from tumbaga.driver.backends.painn_pairs import Core
 from tumbaga.driver.backends.painn_rows import feature_jacobian
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import ForceRows, PotentialSpec
@@ -99,6 +100,7 @@ class PaiNN:
         self._readout = _outside(name, tensors, _READOUT, self.spec.n_columns)
         self._reference = _outside(name, tensors, _REFERENCE, len(elements))
         self._core = Core(elements)
+        self._lists = Lists(self.hyper.cutoff)
         self._species_of = np.full(119, -1, dtype=np.int64)
         self._species_of[list(elements)] = np.arange(len(elements))
         self._exact: Network | None = None
@@ -172,7 +174,7 @@ class PaiNN:
         return PaiNN(self.spec.name, tensors, self._metadata, str(self._device), self._dtype_name)
 
     def _graph(self, frames: Sequence[Frame]) -> Graph:
-        found = [pairs(frame, self.hyper.cutoff) for frame in frames]
+        found = [self._lists.pairs(frame) for frame in frames]
         atoms = np.cumsum([0] + [len(frame) for frame in frames])
         numbers = np.concatenate([frame.numbers for frame in frames])
         species = self._species_of[numbers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from vesin import NeighborList
 from tumbaga.online.records import Array, Frame, Ints
 
 DENSE_LIMIT: Final = 100  # atoms; all distances at once, against a cell list: 0.02, 0.1, 0.6 against 0.07, 0.35, 1.1 ms at 8, 30, 100 atoms
+MARGIN: Final = 1e-6  # Å, above all rounding of a search: what is closer than the cutoff is found, and `within` decides
 CORE_INNER, CORE_OUTER = 0.4, 0.7  # of the sum of covalent radii: the core is whole below the first, and gone from the second on
 _COULOMB: Final = 14.399645  # e^2 / (4 pi epsilon_0), eV Å
 _BOHR: Final = 0.529177  # Å
@@ -32,31 +33,89 @@ class Pairs(NamedTuple):
     vectors: Array
 
 
-def pairs(frame: Frame, cutoff: float) -> Pairs:
-    """Return all ordered pairs closer than the cutoff (Å), images included.
+class Candidates(NamedTuple):
+    """Pairs that are, or may soon be, closer than a cutoff; ascending in (first, second, image), which no motion changes.
 
-    Periodic positions are wrapped first, so that the answer does not depend on how far an engine let its atoms run.
+    Attributes:
+        first, second: as in `Pairs`.
+        images: cells between the positions of `second` as they stand and its image, shape (n_pairs, 3); None without a cell.
+        offsets: the same in Å, shape (n_pairs, 3), float64; None without a cell.
     """
+
+    first: Ints
+    second: Ints
+    images: Ints | None
+    offsets: Array | None
+
+
+def pairs(frame: Frame, cutoff: float) -> Pairs:
+    """Return all ordered pairs closer than the cutoff (Å), images included, ascending in (first, second, image).
+
+    Positions need not be wrapped. ``painn_lists`` gives the same to the last bit without searching at every step.
+    """
+    if not frame.periodic and len(frame) <= DENSE_LIMIT:
+        return _dense(frame.positions, cutoff)
+    return within(candidates(frame, cutoff + MARGIN), frame.positions, cutoff)
+
+
+def candidates(frame: Frame, reach: float) -> Candidates:
+    """Search all ordered pairs closer than the reach, Å, to the rounding of the search."""
+    first, second, images = (numbers.astype(np.int64) for numbers in _searched(frame, reach))
+    lowest = images.min(axis=0, initial=0)
+    key = first * len(frame) + second
+    for axis, span in enumerate(images.max(axis=0, initial=0) - lowest + 1):
+        key = key * span + (images[:, axis] - lowest[axis])
+    order = np.argsort(key)  # one order for equal frames: sums in float32 depend on it
+    first, second = first[order], second[order]
     if not frame.periodic:
-        return _dense(frame.positions, cutoff) if len(frame) <= DENSE_LIMIT else _listed(frame.positions, frame, cutoff)
-    fractional = frame.positions @ np.linalg.inv(frame.cell)
-    return _listed((fractional - np.floor(fractional)) @ frame.cell, frame, cutoff)
+        return Candidates(first, second, None, None)
+    # an atom that has left its home cell keeps its pairs and their order, only its images count from another place
+    homes = np.floor(_fractional(frame)).astype(np.int64)
+    images = images[order] + (homes[first] - homes[second])
+    return Candidates(first, second, images, offsets(images, frame.cell))
+
+
+def _searched(frame: Frame, reach: float) -> tuple[npt.NDArray[np.integer[Any]], ...]:
+    """First, second and image of all pairs, in any order, of the wrapped positions."""
+    positions = frame.positions
+    if frame.periodic:
+        fractional = _fractional(frame)
+        positions = (fractional - np.floor(fractional)) @ frame.cell
+    return tuple(NeighborList(cutoff=reach, full_list=True).compute(positions, frame.cell, frame.periodic, "ijS", copy=True))
+
+
+def _fractional(frame: Frame) -> Array:
+    found: Array = frame.positions @ np.linalg.inv(frame.cell)
+    return found
+
+
+def offsets(images: Ints, cell: Array) -> Array:
+    """Images in Å. One product after the other: the last bits of a matrix product may depend on how many rows it has."""
+    found: Array = images[:, :1] * cell[0] + images[:, 1:2] * cell[1] + images[:, 2:] * cell[2]
+    return found
+
+
+def within(found: Candidates, positions: Array, cutoff: float) -> Pairs:
+    """Keep the candidates that are closer than the cutoff now; each number is that of its pair alone, whatever other candidates there are."""
+    vectors = positions.take(found.second, axis=0) - positions.take(found.first, axis=0)
+    if found.offsets is not None:
+        vectors += found.offsets
+    kept = np.flatnonzero(_square(vectors) < cutoff * cutoff)
+    return Pairs(found.first.take(kept), found.second.take(kept), vectors.take(kept, axis=0))
+
+
+def _square(vectors: Array) -> Array:
+    x, y, z = vectors[..., 0], vectors[..., 1], vectors[..., 2]
+    found: Array = x * x + y * y + z * z
+    return found
 
 
 def _dense(positions: Array, cutoff: float) -> Pairs:
     between = positions[None] - positions[:, None]
-    square = np.einsum("ijc,ijc->ij", between, between)
+    square = _square(between)
     np.fill_diagonal(square, np.inf)
     first, second = np.nonzero(square < cutoff * cutoff)
     return Pairs(first, second, between[first, second])
-
-
-def _listed(positions: Array, frame: Frame, cutoff: float) -> Pairs:
-    search = NeighborList(cutoff=cutoff, full_list=True)
-    first, second, vectors = search.compute(positions, frame.cell, frame.periodic, "ijD", copy=True)
-    # one order for equal frames: sums in float32 depend on it
-    order = np.lexsort((vectors[:, 2], vectors[:, 1], vectors[:, 0], second, first))
-    return Pairs(first[order].astype(np.int64), second[order].astype(np.int64), vectors[order])
 
 
 class Core:
