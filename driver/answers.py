@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 
 from tumbaga.driver import units
 from tumbaga.online.ramp import Mix
@@ -39,10 +39,10 @@ def certainty(lpr: Array, scale: float | None, quantile: float) -> Certainty:
         scale: eV/Å of force std per unit of score, or None if that is not known.
         quantile: of the calibration: errors are below `quantile` times std as often as promised.
     """
-    largest = float(lpr.max()) if lpr.size else float("nan")
-    if not np.isfinite(largest):
+    atom = int(lpr.argmax()) if lpr.size else -1  # a NaN counts as the largest
+    largest = float(lpr[atom]) if lpr.size else math.nan
+    if not math.isfinite(largest):
         return Certainty(UNKNOWN_STD, -1, None, largest)
-    atom = int(lpr.argmax())
     if scale is None:
         return Certainty(UNKNOWN_STD, atom, None, largest)
     return Certainty(scale * largest, atom, quantile * scale * largest, largest)

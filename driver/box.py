@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tumbaga.online.overlap import moved_less
 from tumbaga.online.records import Array
 
 _FLAT = 1e-6  # Å^3: a cell of less is none
@@ -19,6 +20,9 @@ class VacuumBox:
         self._flat = True
         self._last: Array = np.zeros((0, 3))
         self._shifts: Array = self._last
+        self._key = b""  # of the cell
+        self._whole: Array = self._last  # the last positions that were found to be together
+        self._slack = 0.0  # by how much each of their atoms may move and be together still, Å
 
     def made_whole(self, positions: Array, cell: Array) -> Array:
         """Return positions of the cluster, shape (n_atoms, 3), float64, Å; the same ones if it was not folded.
@@ -31,14 +35,19 @@ class VacuumBox:
             positions: shape (n_atoms, 3), float64, Å.
             cell: lattice vectors as rows, shape (3, 3), float64, Å.
         """
-        if not (cell == self._cell).all():
-            self._cell, self._last = cell, np.zeros((0, 3))
+        if (key := cell.tobytes()) != self._key:
+            self._key, self._cell, self._last, self._whole = key, cell, np.zeros((0, 3)), np.zeros((0, 3))
             self._flat = abs(np.linalg.det(cell)) < _FLAT
             self._inverse = cell if self._flat else np.asarray(np.linalg.inv(cell), np.float64)
         if self._flat:
             return positions  # a cell without a volume, as ASE has it for a slab, folds nothing
+        if len(self._whole) == len(positions) and moved_less(positions - self._whole, self._slack):
+            return positions
         fractional = positions @ self._inverse
-        if (fractional.max(axis=0) - fractional.min(axis=0)).max() <= 0.5:
+        extent = float((fractional.max(axis=0) - fractional.min(axis=0)).max())
+        if extent <= 0.5:
+            # a displacement u changes a fractional coordinate by |u| over the width of the cell at most
+            self._whole, self._slack = positions, (0.5 - extent) / (2.0 * float(np.linalg.norm(self._inverse, axis=0).max()))
             return positions
         if len(self._last) != len(positions) or np.abs(positions - self._last).max() > _STEP:
             self._shifts = _shifts(fractional, cell)

@@ -12,6 +12,8 @@ from tumbaga.driver.errors import ConfigError
 from tumbaga.driver.species import Species, agreed, check_known
 from tumbaga.online.errors import BadFrameError
 from tumbaga.online.flagging import Flagger
+from tumbaga.online.guards import QUIET, Finding, Verdict
+from tumbaga.online.overlap import OverlapWatch
 from tumbaga.online.ramp import RampState
 from tumbaga.online.records import Frame, Prediction
 from tumbaga.socket_protocol.connection import NEED_DATA, PAUSED, Connection, Role, State
@@ -101,7 +103,6 @@ class Session:
         self.connected_at = 0.0
         self.brief = 0  # conversations in a row that were over within a moment
         self.swap_work = self.last_score = 0.0  # eV, eV/Å
-        self._box = VacuumBox()
         self._begin()
 
     def _begin(self) -> None:
@@ -110,6 +111,8 @@ class Session:
         # a peer on another machine must not lead us to memory of this one
         self._connection = Connection(Role.DRIVER, expected_atoms=atoms, shared=bool(self.address.path))
         self._result: ForceReady | ForceBatch | None = None
+        self._boxes: list[VacuumBox] = []  # by the place of a frame in its batch
+        self._overlaps: list[OverlapWatch] = []
         self._size = 0  # configurations of the request under way, padding included; 0 for a single one
         self.waiting = False
         self.forces = 0  # requests answered in this conversation
@@ -256,9 +259,21 @@ class Session:
         self.ticket += 1
         self.waiting = True
         self._chatter = 0
-        return Asked([self._frame(frame, self.species) for frame in frames])
+        while len(self._boxes) < len(frames):
+            self._boxes.append(VacuumBox())
+            self._overlaps.append(OverlapWatch())
+        return Asked([self._frame(frame, self.species, self._boxes[index]) for index, frame in enumerate(frames)])
 
-    def _frame(self, event: PosData, species: Species) -> Frame:
+    def check(self, frames: Sequence[Frame]) -> Finding:
+        """Judge the geometry of what `Asked` had; returns the first finding that is not quiet."""
+        for watch, frame in zip(self._overlaps, frames, strict=False):
+            finding = watch.check(frame)
+            if finding.verdict is not Verdict.OK:
+                return finding
+        return QUIET
+
+    @staticmethod
+    def _frame(event: PosData, species: Species, box: VacuumBox) -> Frame:
         positions = units.length_from_wire(event.positions)
         if not event.periodic:
             if species.periodic:
@@ -266,7 +281,7 @@ class Session:
             return Frame.checked(species.numbers, positions)
         cell = units.length_from_wire(event.cell)
         if species.periodic is False:
-            return Frame.checked(species.numbers, self._box.made_whole(positions, cell))
+            return Frame.checked(species.numbers, box.made_whole(positions, cell))
         return Frame(species.numbers, positions, cell, True)
 
     def answer(self, results: Sequence[tuple[Prediction, bytes]], now: float = 0.0) -> Result:
@@ -277,7 +292,7 @@ class Session:
             now: seconds, monotonic.
         """
         made = [
-            ForceReady(
+            ForceReady.unchecked(
                 units.energy_to_wire(prediction.energy),
                 units.forces_to_wire(prediction.forces),
                 units.virial_to_wire(prediction.virial),

@@ -79,7 +79,7 @@ def check_numbers(positions: npt.ArrayLike, cell: npt.ArrayLike) -> Finding:
 
 def check_frame(frame: Frame, overlap: float = OVERLAP_RATIO) -> Finding:
     """Judge the geometry: DEAD if any pair is nearer than `overlap` times the sum of its covalent radii."""
-    if not _overlaps(frame, overlap):
+    if not any_pair_within(frame, 0.0, overlap):
         return QUIET
     ratio, first, second = closest_pair(frame)
     if ratio >= overlap:
@@ -109,11 +109,11 @@ def _largest_radius(numbers: bytes) -> float:
     return float(COVALENT_RADII[np.frombuffer(numbers, np.int64)].max())
 
 
-def _overlaps(frame: Frame, overlap: float) -> bool:
-    """Whether any pair is nearer than `overlap` times the sum of its radii; cheap where, as usual, none is even near that."""
-    most = overlap * 2.0 * _largest_radius(frame.numbers.tobytes())
+def any_pair_within(frame: Frame, extra: float, overlap: float = OVERLAP_RATIO) -> bool:
+    """Whether any pair is nearer than `overlap` times the sum of its covalent radii and `extra` (Å) more; cheap where, as usual, none is."""
+    most = overlap * 2.0 * _largest_radius(frame.numbers.tobytes()) + extra
     if frame.periodic or len(frame) > _FEW:
-        return _swept(frame, overlap, most)
+        return _swept(frame, overlap, extra, most)
     centred = frame.positions - frame.positions[0]  # far-away clusters would lose digits
     products = centred @ centred.T
     norms = products.diagonal()
@@ -123,11 +123,11 @@ def _overlaps(frame: Frame, overlap: float) -> bool:
     if squares.min() > most * most:
         return False
     radii = COVALENT_RADII[frame.numbers]
-    return bool((squares < (overlap * (radii[:, None] + radii)) ** 2).any())
+    return bool((squares < (overlap * (radii[:, None] + radii) + extra) ** 2).any())
 
 
-def _swept(frame: Frame, overlap: float, most: float) -> bool:
-    """`_overlaps` for many atoms: sorted along one axis, each is compared with the next ones as long as they are within `most`, Å."""
+def _swept(frame: Frame, overlap: float, extra: float, most: float) -> bool:
+    """`any_pair_within` for many atoms: sorted along one axis, each is compared with the next ones as long as they are within `most`, Å."""
     if frame.periodic:
         inverse = np.linalg.inv(frame.cell)
         widths = 1.0 / np.linalg.norm(inverse, axis=0)
@@ -156,7 +156,7 @@ def _swept(frame: Frame, overlap: float, most: float) -> bool:
             apart -= np.round(apart)
             apart = apart @ frame.cell
         squares = np.einsum("ij,ij->i", apart, apart)
-        if (squares < (overlap * (radii[near + step] + radii[near])) ** 2).any():
+        if (squares < (overlap * (radii[near + step] + radii[near]) + extra) ** 2).any():
             return True
     return False
 

@@ -75,7 +75,8 @@ class Evaluated(Message, frozen=True, tag=True, array_like=True):
     """The answer to one batch. Buffers: forces float64 (n, 3) eV/Å, virials float64 (frames, 3, 3) eV, lpr float64 (n,), NaN if none.
 
     With a committee three more: energies (frames, members) eV, forces (members, n, 3) eV/Å, virials (frames, members, 3, 3) eV.
-    `steps` holds E(second version) - E(first version) of each frame's mix, eV: what a ramp needs for its work.
+    `steps` holds E(second version) - E(first version) of each frame's mix, eV: what a ramp needs for its work. `exhausted` says that the
+    error was a lack of memory.
     """
 
     batch: int
@@ -83,6 +84,7 @@ class Evaluated(Message, frozen=True, tag=True, array_like=True):
     steps: list[float]
     seconds: float
     error: str = ""
+    exhausted: bool = False
 
 
 # -- gateway <-> learner -----------------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def make_folder(run_dir: Path) -> None:
 
 def encode(message: AnyMessage, buffers: Sequence[npt.NDArray[Any]] = ()) -> list[bytes]:
     """Return the zmq parts of a message; buffers travel as raw C-ordered bytes."""
-    return [_encoder.encode(message), *(np.ascontiguousarray(b).tobytes() for b in buffers)]
+    return [_encoder.encode(message), *[b.tobytes() for b in buffers]]
 
 
 def decode(parts: Sequence[bytes]) -> tuple[AnyMessage, list[bytes]]:
@@ -208,12 +210,12 @@ def decode(parts: Sequence[bytes]) -> tuple[AnyMessage, list[bytes]]:
 
 
 def array(buffer: bytes, dtype: type[Number], shape: tuple[int, ...]) -> npt.NDArray[Number]:
-    """Return a writable array made of a raw buffer.
+    """Return a raw buffer as an array, read-only: it is not copied.
 
     Raises:
         ValueError: the buffer does not hold exactly that many numbers.
     """
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape).copy()
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape)
 
 
 class Endpoint:

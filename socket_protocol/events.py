@@ -243,6 +243,11 @@ class ForceReady:
             raise EventShapeError("FORCEREADY extras", "bytes", type(self.extras).__name__)
 
     @classmethod
+    def unchecked(cls, energy: float, forces: Float64s, virial: Float64s, extras: bytes) -> Self:
+        """Make it of parts whose shape and type are known to be right; numbers that are not finite are found when it is packed."""
+        return _made(cls, energy=energy, forces=forces, virial=virial, extras=extras)
+
+    @classmethod
     def cut(cls, energy: float, forces: Float64s, virial: Float64s, extras: bytes) -> Self:
         """Make it of parts whose shape and type are right because they were cut so. Raises EventNotFiniteError."""
         if not math.isfinite(energy):

@@ -71,6 +71,7 @@ class _Peer:
         sock.setblocking(False)
         self.socket, self.name = sock, ""
         self.inbox, self.needed, self.out = Inbox(), _COUNT.size, bytearray()
+        self.mask = selectors.EVENT_READ  # what the selector waits for
 
     def receive(self) -> bool:
         """Read what is there; false at the end of the stream."""
@@ -102,10 +103,8 @@ class _Peer:
                 sent = 0
             except _GONE:
                 return False
-            for part in parts:
-                if sent < len(part):
-                    self.out += memoryview(part)[sent:]
-                sent = max(0, sent - len(part))
+            if sent < sum(map(len, parts)):
+                self.out += memoryview(b"".join(parts))[sent:]
             return True
         self.out += b"".join(parts)
         return self.flush()
@@ -189,8 +188,9 @@ class Hub:
             self._drop(peer)
             return False
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.out else 0)
-        if self._selector.get_key(peer.socket).events != mask:
+        if peer.mask != mask:
             self._selector.modify(peer.socket, mask, peer)
+            peer.mask = mask
         return True
 
     def _drop(self, peer: _Peer) -> None:
