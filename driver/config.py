@@ -50,7 +50,7 @@ class Potential(_Section, frozen=True):
     Attributes:
         model: e.g. "painn:cuau-water", "toy:lj".
         template: structure file with the species, in the order of the engine (any format of ASE); empty if INIT tells them.
-        device: "auto", "cpu", "cuda".
+        device: "auto", "cpu", "cuda", or several for as many evaluators that share the work: "cuda:0,cuda:1".
         dtype: "float32" or "float64".
     """
 
@@ -58,6 +58,11 @@ class Potential(_Section, frozen=True):
     template: str = ""
     device: str = "auto"
     dtype: str = "float32"
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device of each evaluator."""
+        return tuple(name.strip() for name in self.device.split(","))
 
 
 class Flag(_Section, frozen=True):
@@ -148,6 +153,10 @@ class Config(_Section, frozen=True):
         ):
             if value < least:
                 raise ConfigError(key, f"is {value}; it must be at least {least}")
+        if not all(self.potential.devices):
+            raise ConfigError(
+                "potential.device", f"is {self.potential.device!r}; write auto, cpu, cuda, or several with commas between them"
+            )
         if self.potential.dtype not in ("float32", "float64"):
             raise ConfigError("potential.dtype", f"is {self.potential.dtype!r}; choose float32 or float64")
         return self

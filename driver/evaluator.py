@@ -16,6 +16,7 @@ import zmq
 from tumbaga.driver import config as configs
 from tumbaga.driver import process, structures
 from tumbaga.driver.backends import registry
+from tumbaga.driver.pool import joined
 from tumbaga.driver.slot import BASE, Answer, Slot
 from tumbaga.online.errors import VersionError
 from tumbaga.online.ports import Trainable
@@ -68,8 +69,16 @@ class Evaluator:
         try:
             answers = self._slot.answer(_frames(message, buffers), message.mixes, message.members)
         except Exception as error:  # noqa: BLE001 - a process boundary: the gateway must get an answer, whatever a back end does
-            return bus.Evaluated(message.batch, [], [], process.monotonic() - started, f"{type(error).__name__}: {error}"), []
+            seconds, told = process.monotonic() - started, f"{type(error).__name__}: {error}"
+            return bus.Evaluated(message.batch, [], [], seconds, told, out_of_memory(error)), []
         return _packed(message.batch, answers, process.monotonic() - started)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a back end ran out of memory: torch says so in several ways, of which only one, on a GPU, is an exception of its own."""
+    told = str(error).lower()
+    by_name = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_name or "can't allocate memory" in told or "out of memory" in told or "not enough memory" in told
 
 
 def _frames(message: bus.Evaluate, buffers: list[bytes]) -> list[Frame]:
@@ -87,9 +96,9 @@ def _frames(message: bus.Evaluate, buffers: list[bytes]) -> list[Frame]:
 def _packed(batch: int, answers: list[Answer], seconds: float) -> tuple[bus.Evaluated, list[Array]]:
     energies = [answer.prediction.energy for answer in answers]
     steps = [answer.step for answer in answers]
-    forces = np.concatenate([answer.prediction.forces for answer in answers])
-    virials = np.stack([answer.prediction.virial for answer in answers])
-    lpr = np.concatenate([answer.lpr for answer in answers])
+    forces = joined([answer.prediction.forces for answer in answers])
+    virials = joined([answer.prediction.virial[None] for answer in answers])
+    lpr = joined([answer.lpr for answer in answers])
     return bus.Evaluated(batch, energies, steps, seconds), [forces, virials, lpr, *_committee(answers)]
 
 
@@ -119,7 +128,7 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Load the potential, say so, answer batches until told to leave."""
     name = sys.argv[2]
     settings = configs.load(run_dir).potential
-    slot = Slot(registry.load(settings.model, settings.device, settings.dtype))
+    slot = Slot(registry.load(settings.model, settings.devices[int(name.rpartition("-")[2])], settings.dtype))
     if members := configs.load(run_dir).serve.committee:
         slot.need_committee(members)
     template = structures.read_frame(settings.template) if settings.template else None
@@ -129,6 +138,7 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     line = Line(bus.EVALUATORS, name)
     evaluator = Evaluator(slot, line, name, lpr_scale)
     reporter.log("info", "ready", potential=slot.potential.spec.name, pid=os.getpid())
+    process.settle()
     while not lifeline.cut_off:
         if line.fileno() < 0:
             if not line.connect():

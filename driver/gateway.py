@@ -83,6 +83,7 @@ class Gateway:
         self._score_max = self._score_last = 0.0
         self._errors: deque[str] = deque(maxlen=20)
         self._next_report = self._next_chore = 0.0
+        self._heeded = True  # whether the learner may have sent something
 
     def _made(self, templates: Templates) -> list[Session]:
         serve = self._settings.serve
@@ -109,12 +110,14 @@ class Gateway:
                 if key.data == _EVALUATORS:
                     for received in self._evaluators.receive():
                         self._evaluator_message(*received)
-                elif key.data and key.data not in self._restless:
+                elif not key.data:
+                    self._heeded = True
+                elif key.data not in self._restless:
                     self._engine_event(self.sessions[key.data])
             for name in tuple(self._restless):
                 self._engine_event(self.sessions[name])
-            while self._learner.waiting:
-                self._learner_event()
+            if self._heeded:
+                self._learner_events()
             held = self._pool.dispatch()
             if process.monotonic() >= self._next_chore:
                 self._chores()
@@ -125,8 +128,7 @@ class Gateway:
         self._evaluators.close()
 
     def _patience(self, held: float | None) -> float:
-        # the descriptors of zmq tell of changes only: what came while we were at work is seen by asking
-        if self._restless or self._learner.waiting:
+        if self._restless or self._heeded:
             return 0.0
         patience = max(0.0, self._next_chore - process.monotonic())
         return patience if held is None else min(patience, held)
@@ -135,6 +137,7 @@ class Gateway:
         """What is due at certain times: calls, limits, reports."""
         now = process.monotonic()
         self._next_chore = now + _REPORT_S
+        self._heeded = True
         for session in self.sessions.values():
             if late := session.overdue(now):
                 self._end(session, late)
@@ -223,11 +226,10 @@ class Gateway:
 
     def _asked(self, session: Session, asked: Asked) -> None:
         session.asked_at = process.monotonic()
-        for frame in asked.frames:
-            finding = guards.check_frame(frame)
-            if finding.verdict is guards.Verdict.DEAD:
-                self._refuse(session, f"the engine sent a frame that cannot be evaluated: {finding.sentence}")
-                return
+        finding = session.check(asked.frames)
+        if finding.verdict is guards.Verdict.DEAD:
+            self._refuse(session, f"the engine sent a frame that cannot be evaluated: {finding.sentence}")
+            return
         if not session.forces and _told(session.brief // _OFTEN):
             told = {"dialect": session.dialect, "atoms": len(asked.frames[0]), "periodic": asked.frames[0].periodic}
             self._reporter.log("info", "first frame", session=session.name, **told)
@@ -310,9 +312,8 @@ class Gateway:
             return
         outcomes = self._outcomes[session.name]
         outcomes[job.index] = outcome
-        whole = [one for one in outcomes if one is not None]
-        if len(whole) == len(outcomes):
-            self._serve(session, whole)
+        if None not in outcomes:
+            self._serve(session, [one for one in outcomes if one is not None])
 
     def _second_try(self, session: Session, job: Job, problem: str) -> None:
         """The last good version may do better; if that was it, refuse."""
@@ -329,8 +330,8 @@ class Gateway:
     def _serve(self, session: Session, outcomes: list[Outcome]) -> None:
         """Answer one request: a frame, or all frames of a batch."""
         mix = Mix(*outcomes[0].job.mix)
-        weight = weight_step(self._mixes.get(session.name, mix), mix)
-        session.swap_work += sum(swap_work(weight, outcome.step, 0.0) for outcome in outcomes)
+        if weight := weight_step(self._mixes.get(session.name, mix), mix):
+            session.swap_work += sum(swap_work(weight, outcome.step, 0.0) for outcome in outcomes)
         self._mixes[session.name] = mix
         certainties = [certainty(outcome.lpr, *self._rollout.scale(outcome.job.mix[1])) for outcome in outcomes]
         answers = [(_prediction(o), self._extras(o, sure, session.swap_work)) for o, sure in zip(outcomes, certainties, strict=True)]
@@ -344,8 +345,9 @@ class Gateway:
         self._counts["steps"] += steps > 0
         self._counts["frames"] += len(outcomes)
         # the answer is out; everything below may take its time
-        worst = max(range(len(outcomes)), key=lambda index: certainties[index].score or 0.0)
-        self._score_last = session.last_score = certainties[worst].score or 0.0
+        scores = [sure.score or 0.0 for sure in certainties]
+        worst = scores.index(max(scores))
+        self._score_last = session.last_score = scores[worst]
         self._score_max = max(self._score_max, self._score_last)
         self._consider(session, steps, certainties[worst], outcomes[worst])
         self._follow(session, after)
@@ -373,11 +375,23 @@ class Gateway:
         self._send_candidates()
 
     def _send_candidates(self) -> None:
+        self._heeded = True
         while self._unsent and self._learner.send(*self._unsent[0], to=bus.LEARNER):
             self._unsent.popleft()
 
     def _tell_learner(self, message: bus.NowServing) -> None:
+        self._heeded = True
         self._learner.send(message, to=bus.LEARNER)
+
+    def _learner_events(self) -> None:
+        """Take all that the learner has sent.
+
+        The descriptor of a zmq socket tells of changes only, and every use of the socket may swallow one: so it is asked each time the
+        descriptor has told, and after each use (`_heeded`); to ask before every wait would be felt in every force call.
+        """
+        while self._learner.waiting:
+            self._learner_event()
+        self._heeded = False
 
     def _learner_event(self) -> None:
         try:
@@ -405,6 +419,8 @@ class Gateway:
             evaluator_restarts=self._pool.restarts,
             busy={str(pid): seconds for pid, seconds in self._pool.busy_since().items()},
             batches=self._pool.batches_done,
+            batch_atoms=self._pool.cap.atoms,
+            out_of_memory=self._pool.exhausted,
             errors=list(self._errors),
             candidates_waiting=len(self._unsent),
             sessions=[_session_state(session) for session in self.sessions.values()],
@@ -449,6 +465,7 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     reporter = process.Reporter(context, "gateway")
     gateway = Gateway(settings, read_templates(run_dir), context, reporter, read_serving(run_dir))
     reporter.log("info", "started", addresses=list(gateway.sessions))
+    process.settle()
     gateway.run(lifeline)
     reporter.close()
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from tumbaga.driver import batching
 from tumbaga.driver.window import Window
 from tumbaga.online.records import Array, Frame, Members, Prediction
 from tumbaga.socket_protocol import bus
@@ -33,6 +34,7 @@ class Job:
         alone: whether it is under suspicion, because a batch with it went wrong: then it goes in a batch of its own.
         index: of the frame in its request.
         group: of sessions whose frames come together, such as the beads of one engine; empty for a session without siblings.
+        start: its place in the queue.
     """
 
     session: str
@@ -44,6 +46,12 @@ class Job:
     alone: bool = False
     index: int = 0
     group: str = ""
+    start: float = 0.0
+
+    @property
+    def atoms(self) -> int:
+        """Atoms of the frame: what it costs."""
+        return len(self.frame)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +82,11 @@ class _Evaluator:
     since: float = 0.0
 
 
+def joined(arrays: list[Any]) -> Any:
+    """Return arrays one behind the other, without a copy where there is only one."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 class Pool:
     """Hands batches to evaluators.
 
@@ -86,13 +99,14 @@ class Pool:
 
     def __init__(self, channel: Channel, clock: Callable[[], float], members: int = 0, window: float = 0.0) -> None:
         self._channel, self._clock, self._members = channel, clock, members
-        self._window = Window(window, clock)
+        self._window, self._turns, self.cap = Window(window, clock), batching.Turns(), batching.Cap()
         self._evaluators: dict[str, _Evaluator] = {}
         self._waiting: list[Job] = []
         self._batches = 0
         self._paths: dict[int, str] = {}
         self.restarts = 0
         self.batches_done = 0
+        self.exhausted = 0  # batches that did not fit into an evaluator's memory
 
     # -- versions --------------------------------------------------------------------------------------------------------------------
 
@@ -150,6 +164,8 @@ class Pool:
         for job in lost:
             job.crashes += 1
             job.alone = True  # one of them may be the cause: the others must not be there when it happens again
+            if job.crashes < MAX_CRASHES:
+                self._window.returned(job.group)
         self._waiting[:0] = [job for job in lost if job.crashes < MAX_CRASHES]
         for job in lost:
             if job.crashes >= MAX_CRASHES:
@@ -160,6 +176,7 @@ class Pool:
     def add(self, job: Job) -> None:
         """Take one frame; `dispatch` sends it off."""
         self._window.arrived(job.group)
+        self._turns.queue(job)
         self._waiting.append(job)
 
     def forget(self, session: str) -> None:
@@ -168,26 +185,45 @@ class Pool:
             if job.session == session:
                 self._window.finished(job.group, waiting=True)
         self._waiting = [job for job in self._waiting if job.session != session]
+        self._turns.forget(session)
 
     def dispatch(self) -> float | None:
-        """Give everything that waits, as one ragged batch, to a free evaluator, if there is one; frames under suspicion go one by one.
+        """Give what waits to the evaluators that are free, each a ragged batch; frames under suspicion go one by one.
 
         Returns:
             Seconds after which to call again because frames wait for their siblings, or None.
         """
-        for name, evaluator in self._evaluators.items():
-            if not self._waiting:
-                return None
-            if evaluator.jobs:
-                continue
-            first_alone = self._waiting[0].alone
-            jobs = self._waiting[:1] if first_alone else [job for job in self._waiting if not job.alone and self._window.open(job.group)]
-            if jobs and self._send(name, evaluator, jobs):
-                for group in {job.group for job in jobs}:
-                    self._window.left(group)
-                sent = {id(job) for job in jobs}
-                self._waiting = [job for job in self._waiting if id(job) not in sent]
+        if not self._waiting:
+            return None
+        free = [(name, evaluator) for name, evaluator in self._evaluators.items() if not evaluator.jobs]
+        for index, (name, evaluator) in enumerate(free):
+            jobs = self._next_batch(len(free) - index)
+            if not jobs:
+                break
+            if self._send(name, evaluator, jobs):
+                self._left(jobs)
         return self._window.remaining() if self._waiting else None
+
+    def _next_batch(self, evaluators: int) -> list[Job]:
+        """The frames for the first of so many free evaluators: its share of what may leave, within the cap, in the order of their turns."""
+        able = [job for job in self._waiting if job.alone or self._window.open(job.group)]
+        if not able:
+            return []
+        first = min(able, key=lambda job: job.start)
+        if first.alone:
+            return [first]
+        able = [job for job in able if not job.alone]
+        total = sum(job.atoms for job in able)
+        most = min(self.cap.atoms, -(-total // evaluators))
+        return able if total <= most else [able[place] for place in batching.chosen(able, most)]
+
+    def _left(self, jobs: list[Job]) -> None:
+        """These frames are with an evaluator now."""
+        self._turns.gone(jobs)
+        for job in jobs:
+            self._window.left(job.group)
+        sent = {id(job) for job in jobs}
+        self._waiting = [job for job in self._waiting if id(job) not in sent] if len(jobs) < len(self._waiting) else []
 
     def _send(self, name: str, evaluator: _Evaluator, jobs: list[Job]) -> bool:
         self._batches += 1
@@ -195,11 +231,7 @@ class Pool:
         frames = [job.frame for job in jobs]
         counts, periodic = [len(f) for f in frames], [f.periodic for f in frames]
         message = bus.Evaluate(self._batches, counts, periodic, [job.mix for job in jobs], self._members)
-        buffers = [
-            np.concatenate([f.numbers for f in frames]),
-            np.concatenate([f.positions for f in frames]),
-            np.stack([f.cell for f in frames]),
-        ]
+        buffers = [joined([f.numbers for f in frames]), joined([f.positions for f in frames]), joined([f.cell[None] for f in frames])]
         if not self._channel.send(message, buffers, to=name):
             return False
         evaluator.batch, evaluator.jobs, evaluator.since = self._batches, jobs, self._clock()
@@ -208,23 +240,29 @@ class Pool:
     def done(self, name: str, message: bus.Evaluated, buffers: list[bytes]) -> list[Outcome]:
         """Take an evaluator's answer; returns one outcome a frame, none for an answer that nobody waits for.
 
-        A batch that ended in an error says nothing about which of its frames was the cause: they wait again, each alone.
+        A batch that ended in an error says nothing about which of its frames was the cause: they wait again, each alone. If it was too
+        large for the evaluator's memory they wait for smaller ones.
         """
         evaluator = self._evaluators.get(name)
         if evaluator is None or message.batch != evaluator.batch or not evaluator.jobs:
             return []
         jobs, evaluator.jobs = evaluator.jobs, []
         self.batches_done += 1
+        total = sum(job.atoms for job in jobs)
         if message.error and len(jobs) > 1:
+            if message.exhausted:
+                self.exhausted += 1
+                self.cap.exhausted(total)
             for job in jobs:
-                job.alone = True
+                job.alone = not message.exhausted
+                self._window.returned(job.group)
             self._waiting[:0] = jobs
             return []
         for job in jobs:
             self._window.finished(job.group)
         if message.error:
             return [Outcome(job, None, error=message.error) for job in jobs]
-        total = sum(len(job.frame) for job in jobs)
+        self.cap.took(len(jobs), total, message.seconds)
         forces = bus.array(buffers[0], np.float64, (total, 3))
         virials = bus.array(buffers[1], np.float64, (len(jobs), 3, 3))
         lpr = bus.array(buffers[2], np.float64, (total,))

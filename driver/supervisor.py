@@ -299,7 +299,9 @@ class Supervisor:
             "quantile": learner.get("quantile", 2.0),
             "force_rmse": learner.get("errors", {}),
             "workers": learner.get("workers", {}),
-            "evaluator_restarts": restarts.get("evaluator-0", 0),
+            "evaluator_restarts": sum(count for name, count in restarts.items() if name.startswith("evaluator-")),
+            "batch_atoms": gateway.get("batch_atoms", 0),
+            "out_of_memory": gateway.get("out_of_memory", 0),
             "restarts": restarts,
             "errors": [*self._errors, *gateway.get("errors", [])],
             "pids": {child.name: child.pid for child in self._children},
@@ -322,8 +324,10 @@ def _finite(value: float) -> float | None:
 def _children(path: Path, settings: configs.Config) -> list[Child]:
     made = [
         Child("gateway", "tumbaga.driver.gateway", path, process.monotonic),
-        Child("evaluator-0", "tumbaga.driver.evaluator", path, process.monotonic, ("evaluator-0",)),
     ]
+    for index in range(len(settings.potential.devices)):
+        name = f"evaluator-{index}"
+        made.append(Child(name, "tumbaga.driver.evaluator", path, process.monotonic, (name,)))
     if settings.learn.enabled:
         made.append(Child("learner", "tumbaga.driver.learner_process", path, process.monotonic))
         names = [f"label-{i}" for i in range(settings.label.workers)]

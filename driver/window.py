@@ -18,6 +18,7 @@ class _Group:
     peak: int = 0  # most frames under way at once in this round
     away: int = 0  # under way: waiting or being computed
     here: int = 0  # waiting
+    leaving: bool = False  # some have left and did not all fit into one batch
     since: float = 0.0  # when the first of those came
 
 
@@ -47,12 +48,23 @@ class Window:
     def open(self, group: str) -> bool:
         """Whether the frames of a group may leave."""
         known = self._groups.get(group)
-        return known is None or known.here >= known.expected or self._clock() - known.since >= self._seconds - _ROUNDING
+        if known is None or known.leaving:
+            return True
+        return known.here >= known.expected or self._clock() - known.since >= self._seconds - _ROUNDING
 
     def left(self, group: str) -> None:
-        """The frames of a group that were here have left to be computed."""
-        if group in self._groups:
-            self._groups[group].here = 0
+        """One frame of a group has left to be computed; those that were here with it need not wait for others any more."""
+        known = self._groups.get(group)
+        if known is not None:
+            known.here -= 1
+            known.leaving = known.here > 0
+
+    def returned(self, group: str) -> None:
+        """A frame that had left waits again, and for nobody."""
+        known = self._groups.get(group)
+        if known is not None:
+            known.here += 1
+            known.leaving = True
 
     def finished(self, group: str, *, waiting: bool = False) -> None:
         """One frame of a group was answered, or is for nobody any more.
@@ -66,11 +78,13 @@ class Window:
             return
         known.away -= 1
         known.here -= waiting
+        known.leaving &= known.here > 0
         if known.away <= 0:  # the round is over
-            known.expected, known.peak, known.away, known.here = max(1, known.peak), 0, 0, 0
+            known.expected, known.peak, known.away, known.here, known.leaving = max(1, known.peak), 0, 0, 0, False
 
     def remaining(self) -> float | None:
         """Seconds until the first of the groups that wait may leave, or None if none waits for its siblings."""
         now = self._clock()
-        waits = [self._seconds - (now - known.since) for known in self._groups.values() if 0 < known.here < known.expected]
+        held = [known for known in self._groups.values() if 0 < known.here < known.expected and not known.leaving]
+        waits = [self._seconds - (now - known.since) for known in held]
         return max(0.0, min(waits)) if waits else None

@@ -366,3 +366,61 @@ def test_the_time_at_a_batch_is_told(pool: Pool, clock: Clock) -> None:
     assert pool.busy_since() == {41: 7.5}
     pool.done("e", *answer(1, 2))
     assert pool.busy_since() == {}
+
+
+def test_a_batch_that_does_not_fit_into_memory_comes_back_in_smaller_ones(pool: Pool, line: Line) -> None:
+    """Out of memory is nobody's fault: the same frames go again, in batches of half the atoms at most."""
+    pool.ready("e", ready(1))
+    for name in "abcd":
+        pool.add(job(name, atoms=10))
+    pool.dispatch()
+    assert evaluate(line).counts == [10] * 4
+
+    assert pool.done("e", bus.Evaluated(1, [], [], 0.0, "OutOfMemoryError: CUDA out of memory", exhausted=True), []) == []
+    served = []
+    for batch in (2, 3):
+        pool.dispatch()
+        assert evaluate(line).counts == [10, 10]
+        served += sessions(pool.done("e", *answer(batch, 10, 10)))
+    assert sorted(served) == list("abcd")
+    assert pool.exhausted == 1
+
+
+def test_a_single_frame_that_does_not_fit_into_memory_is_told(pool: Pool, line: Line) -> None:
+    pool.ready("e", ready(1))
+    pool.add(job("a", atoms=10))
+    pool.dispatch()
+    (outcome,) = pool.done("e", bus.Evaluated(1, [], [], 0.0, "MemoryError: ", exhausted=True), [])
+
+    assert outcome.prediction is None
+    assert "MemoryError" in outcome.error
+
+
+def test_free_evaluators_share_what_waits(pool: Pool, line: Line) -> None:
+    """Two devices get half of the atoms each, not one all of them."""
+    pool.ready("e", ready(1))
+    pool.ready("f", ready(2, name="f"))
+    for name in "abcd":
+        pool.add(job(name, atoms=10))
+    pool.dispatch()
+
+    assert [(to, message.counts) for to, message in line.take() if isinstance(message, bus.Evaluate)] == [("e", [10, 10]), ("f", [10, 10])]
+    assert sessions(pool.done("f", *answer(2, 10, 10))) == ["c", "d"]
+
+
+def test_a_large_frame_waits_for_its_turn_and_then_goes_alone(pool: Pool, line: Line) -> None:
+    """Small frames do not wait in one batch with a frame that is larger than a batch should be; it is not starved either."""
+    pool.ready("e", ready(1))
+    pool.cap.exhausted(200)  # 100 atoms a batch from now on
+    batches = []
+    pool.add(job("large", atoms=1000))
+    pool.add(job("small", atoms=10))
+    for batch in range(1, 400):
+        pool.dispatch()
+        counts = evaluate(line).counts
+        batches.append(counts)
+        for name in sessions(pool.done("e", *answer(batch, *counts))):
+            pool.add(job(name, atoms=1000 if name == "large" else 10))
+
+    assert {tuple(counts) for counts in batches} == {(1000,), (10,)}
+    assert batches.count([1000]) == pytest.approx(4, abs=1)

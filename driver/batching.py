@@ -1,0 +1,92 @@
+"""How much goes into one batch, and whose turn it is. Pure: no sockets, no clocks.
+
+A batch is evaluated as a whole, so the frame that is ready first waits for all others in it: batches are kept to what an evaluator does in
+about `TARGET_S`, which is learned from what batches took, and to what fits into its memory, which is learned from those that did not.
+Sessions take turns by the atoms that were evaluated for them (start-time fair queueing: Goyal, Vin, Cheng, IEEE/ACM Trans. Netw. 5, 690
+(1997)): while one large frame is due, small sessions get as many atoms evaluated among them as it has, and no session is starved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+TARGET_S: Final = 0.1
+_FIRST = 4096  # atoms, until something is known
+_MOST = 1 << 20
+_SLOWER, _FASTER = 0.7, 1.25
+_PATIENT = 500  # full batches that must have gone well before the limit of memory is tried a little further
+_FURTHER = 1.1
+
+
+class Cap:
+    """The most atoms of a batch of several frames."""
+
+    def __init__(self) -> None:
+        self.atoms = _FIRST
+        self._memory = _MOST  # atoms that fit
+        self._well = 0
+
+    def took(self, frames: int, atoms: int, seconds: float) -> None:
+        """A batch was evaluated: learn from what it took."""
+        if frames > 1 and seconds > 1.5 * TARGET_S:
+            self._set(min(self.atoms, int(_SLOWER * atoms)))
+        elif atoms > 0.8 * self.atoms and seconds < TARGET_S:
+            self._well += 1
+            if self._well >= _PATIENT:
+                self._well, self._memory = 0, min(_MOST, int(_FURTHER * self._memory) + 1)
+            self._set(int(_FASTER * self.atoms) + 1)
+
+    def exhausted(self, atoms: int) -> None:
+        """A batch of so many atoms did not fit into the evaluator's memory."""
+        self._well = 0
+        self._memory = max(1, atoms // 2)
+        self._set(self.atoms)
+
+    def _set(self, atoms: int) -> None:
+        self.atoms = max(1, min(atoms, self._memory))
+
+
+class Item(Protocol):
+    """What stands in the queue."""
+
+    session: str
+    start: float
+
+    @property
+    def atoms(self) -> int:
+        """What it costs."""
+
+
+class Turns:
+    """Gives each frame its place in the queue: those with the least `start` first."""
+
+    def __init__(self) -> None:
+        self._now = 0.0  # the start of the last frame that went
+        self._finish: dict[str, float] = {}  # by session: where its next frame may begin
+
+    def queue(self, item: Item) -> None:
+        """Set the `start` of a frame that has come."""
+        item.start = max(self._now, self._finish.get(item.session, 0.0))
+        self._finish[item.session] = item.start + item.atoms
+
+    def gone(self, items: Sequence[Item]) -> None:
+        """These frames go out now."""
+        self._now = max(self._now, max(item.start for item in items))
+
+    def forget(self, session: str) -> None:
+        """A session is gone."""
+        self._finish.pop(session, None)
+
+
+def chosen(waiting: Sequence[Item], most: int) -> list[int]:
+    """Return the places in `waiting` of what goes into the next batch: the one whose turn it is, whatever its size, and what fits beside it."""
+    order = sorted(range(len(waiting)), key=lambda place: waiting[place].start)
+    taken: list[int] = []
+    left = most
+    for place in order:
+        atoms = waiting[place].atoms
+        if atoms <= left or not taken:
+            taken.append(place)
+            left -= atoms
+    return taken

@@ -1,0 +1,104 @@
+"""Whose turn it is and how much goes into one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tumbaga.driver.batching import TARGET_S, Cap, Turns, chosen
+
+
+@dataclass(eq=False)
+class Item:
+    session: str
+    atoms: int
+    start: float = 0.0
+
+
+def run(sizes: dict[str, int], rounds: int, most: int) -> dict[str, int]:
+    """Serve sessions that ask again as soon as they are answered; return the atoms that were evaluated for each."""
+    turns, waiting, done = Turns(), [Item(name, atoms) for name, atoms in sizes.items()], dict.fromkeys(sizes, 0)
+    for item in waiting:
+        turns.queue(item)
+    for _ in range(rounds):
+        batch = [waiting[place] for place in chosen(waiting, most)]
+        turns.gone(batch)
+        for item in batch:
+            waiting.remove(item)
+            done[item.session] += item.atoms
+            waiting.append(Item(item.session, item.atoms))
+            turns.queue(waiting[-1])
+    return done
+
+
+def test_a_large_frame_and_small_ones_get_equal_shares() -> None:
+    done = run({"large": 1000, "small": 13}, 2000, most=100)
+
+    assert done["large"] == pytest.approx(done["small"], rel=0.1)
+
+
+def test_nobody_starves_among_many() -> None:
+    sizes = {f"s{i}": atoms for i, atoms in enumerate([13, 20, 38, 55] * 4)} | {"large": 1000}
+    done = run(sizes, 3000, most=200)
+
+    assert min(done.values()) > 0.8 * np.mean(list(done.values()))
+
+
+def test_all_go_at_once_where_they_fit() -> None:
+    waiting = [Item("a", 10), Item("b", 20), Item("c", 30)]
+
+    assert sorted(chosen(waiting, 60)) == [0, 1, 2]
+
+
+def test_one_that_does_not_fit_goes_by_itself_when_it_is_its_turn() -> None:
+    assert chosen([Item("large", 1000), Item("small", 10, start=1.0)], 100) == [0]
+
+
+def test_who_was_away_has_no_credit() -> None:
+    turns = Turns()
+    for _ in range(100):
+        item = Item("busy", 10)
+        turns.queue(item)
+        turns.gone([item])
+    late = Item("late", 10)
+    turns.queue(late)
+
+    assert late.start == pytest.approx(item.start)
+
+
+def test_the_cap_follows_the_time_that_batches_take() -> None:
+    cap = Cap()
+    for seconds_per_atom in (1e-3, 1e-5):
+        for _ in range(200):
+            cap.took(8, cap.atoms, cap.atoms * seconds_per_atom)
+        assert 0.6 * TARGET_S < cap.atoms * seconds_per_atom < 1.9 * TARGET_S
+
+
+def test_a_single_slow_frame_says_nothing_about_batches() -> None:
+    cap = Cap()
+    before = cap.atoms
+    cap.took(1, 1000, 60.0)
+
+    assert cap.atoms == before
+
+
+def test_what_did_not_fit_into_memory_is_not_tried_again_soon() -> None:
+    cap = Cap()
+    cap.exhausted(1000)
+    for _ in range(100):
+        cap.took(8, cap.atoms, 0.001)
+
+    assert cap.atoms == 500
+    for _ in range(2000):
+        cap.took(8, cap.atoms, 0.001)
+    assert 500 < cap.atoms < 1000
+
+
+def test_the_cap_never_reaches_nothing() -> None:
+    cap = Cap()
+    for _ in range(50):
+        cap.exhausted(cap.atoms)
+
+    assert cap.atoms == 1
