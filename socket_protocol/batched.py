@@ -88,7 +88,7 @@ class Batched:
             raise LayoutError(event.word, f"{self.size} configurations")
         pairs = np.stack([np.stack((cell.T, inverse(cell).T)) for cell in event.cells])
         check_finite("POSDATA", pairs, event.positions)
-        return b"".join((_POSDATA, pack_length(event.atoms), pairs.tobytes(), event.positions.tobytes()))
+        return b"".join((_POSDATA, pack_length(event.atoms), pairs.tobytes(), event.positions.data))
 
     def pack_forceready(self, event: ForceReady | ForceBatch) -> bytes:
         """Pack a FORCEREADY; see `Layout`."""
@@ -96,7 +96,7 @@ class Batched:
             raise LayoutError(event.word, f"{self.size} configurations")
         check_finite("FORCEREADY", event.energies, event.forces, event.virials)
         count = pack_length(event.forces.shape[1])
-        numbers = (event.energies.tobytes(), count, event.forces.tobytes(), event.virials.tobytes())
+        numbers = (event.energies.data, count, event.forces.data, event.virials.data)
         return b"".join((_FORCEREADY, *numbers, *pack_extras(event.extras)))
 
     def largest(self, role: Role, limits: Limits, atoms: int) -> int:

@@ -318,8 +318,8 @@ class Single:
         return b"".join(
             (
                 _ENERGY_AND_COUNT.pack(_FORCEREADY, event.energy, len(event.forces)),
-                event.forces.tobytes(),
-                event.virial.tobytes(),
+                event.forces.data,  # not tobytes: that would copy it once more
+                event.virial.data,
                 _LENGTH.pack(len(event.extras)),
                 event.extras,
             )
