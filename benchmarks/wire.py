@@ -11,7 +11,7 @@ without its sleeps, in which a difference between drivers can drown.
 Everything is interleaved: one repetition measures every row once, and the three answerers of a row follow one another within seconds, in an
 order that turns with the repetition; the daemon is measured in every other one. A figure is the median over repetitions; a ratio is the
 median of the ratios within repetitions. Rows that look slower than their peer after that are measured again, peer and wire, until there are
-AGAIN repetitions, and judged by all of them: two or four are too few to tell a twentieth from what else the machine does.
+AGAIN repetitions, and judged by all of them: two are too few to tell a twentieth from what else the machine does.
 
 Pass: the wire is not slower than the engines' own drivers with i-PI, with ASE and in the rows raw/py; ASE over tcp takes at most 1.5 times what
 it takes over unix, for wire and daemon; i-PI's output is the same to the last digit whoever answers. "Slower" is a ratio above 1 + MARGIN (see
@@ -245,14 +245,14 @@ def missed(bench: Bench) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two sizes, fewer repetitions and steps; the same checks")
+    parser.add_argument("--quick", action="store_true", help="two sizes, fewer steps; the same checks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     parser.add_argument("--only", metavar="ENGINE", choices=("i-PI", "ASE", "raw", "raw/py"), help="these rows only")
     parser.add_argument("--sizes", metavar="N", type=int, nargs="+", choices=(13, 38, 147, 1000), help="these sizes only")
     parser.add_argument("--repetitions", metavar="N", type=int, help="how often")
     options = parser.parse_args()
     sizes = options.sizes or ([38, 147] if options.quick else [13, 38, 147, 1000])
-    repetitions = options.repetitions or (2 if options.quick else 3)
+    repetitions = options.repetitions or 2
     rows = [row for row in ROWS if options.only in (None, row.engine)]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
     begin = time.monotonic()
