@@ -3,7 +3,8 @@
     E = sum_i w[z_i] · f_i + sum_i e[z_i] + E_core
 
 with features f from ``painn_net``, a readout w for each element, reference energies e and the core of ``painn_pairs``; the last two are
-what the ports call the fixed part. The network runs in float32 by default; energies and forces are summed up in float64.
+what the ports call the fixed part. The network runs in float32 by default; energies and forces are summed up in float64. On a CPU force
+calls go through ``painn_step``, elsewhere through ``painn_net`` and autograd.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tumbaga.driver.backends.painn_lists import Lists
 from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.backends.painn_pairs import Core
 from tumbaga.driver.backends.painn_rows import feature_jacobian
+from tumbaga.driver.backends.painn_step import Step
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import ForceRows, PotentialSpec
 from tumbaga.online.records import Array, Frame, Ints, Prediction
@@ -103,6 +105,7 @@ class PaiNN:
         self._lists = Lists(self.hyper.cutoff)
         self._species_of = np.full(119, -1, dtype=np.int64)
         self._species_of[list(elements)] = np.arange(len(elements))
+        self._step = Step(self._network) if self._device.type == "cpu" else None
         self._exact: Network | None = None
 
     def __repr__(self) -> str:
@@ -196,7 +199,13 @@ class PaiNN:
         return torch.tensor(graph.vectors, dtype=dtype, device=self._device).requires_grad_(), first, second, species
 
     def _run(self, graph: Graph, weights: Array) -> tuple[Array, Array]:
-        """Features (n_atoms, n_hidden) and dE/dvectors (n_pairs, 3), both float64, of the network part under the weights of each atom."""
+        """Features (n_atoms, n_hidden) and dE/dvectors (n_pairs, 3), both float64, of the network part under the weights of each atom.
+
+        The slope of a pair may be shared between its two directions in any way.
+        """
+        if self._step is not None:
+            said = self._step(graph.vectors, graph.first, graph.second, graph.species, weights)
+            return said[0].astype(np.float64), said[1].astype(np.float64)
         vectors, first, second, species = self._tensors(graph, self._dtype)
         features = self._network(vectors, first, second, species)
         seed = torch.tensor(weights, dtype=self._dtype, device=self._device)
@@ -286,11 +295,13 @@ def _outside(name: str, tensors: Mapping[str, np.ndarray], key: str, size: int) 
 
 
 def _scattered(graph: Graph, gradients: Array) -> Array:
-    """Forces (or force rows) of all atoms from dE/dvectors: what `first` gains `second` loses, so the net force is zero to rounding."""
-    forces = torch.zeros((len(graph.species), *gradients.shape[1:]), dtype=torch.float64)
-    values = torch.tensor(gradients)
-    forces.index_add_(0, torch.tensor(graph.first), values).index_add_(0, torch.tensor(graph.second), values, alpha=-1)
-    return _numpy(forces)
+    """Forces of all atoms from dE/dvectors: what `first` gains `second` loses, so the net force is zero to rounding."""
+
+    def summed(atoms: Ints) -> Array:
+        places = (3 * atoms[:, None] + np.arange(3)).ravel()
+        return np.asarray(np.bincount(places, gradients.ravel(), 3 * len(graph.species)), dtype=np.float64).reshape(-1, 3)
+
+    return summed(graph.first) - summed(graph.second)
 
 
 def _numpy(tensor: Tensor) -> Array:
