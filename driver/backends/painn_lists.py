@@ -9,6 +9,7 @@ Source:
 
 from __future__ import annotations
 
+import threading
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ class Lists:
     def __init__(self, cutoff: float, skin: float = SKIN) -> None:
         self._cutoff, self._reach, self._skin = cutoff, cutoff + skin, skin
         self._held: list[_Held] = []  # the longest unused one first: beads come in turn, so it is the likeliest
+        self._lock = threading.Lock()  # threads of a script may share a potential
         self.searches = 0  # so far; for tests and measurements
 
     def pairs(self, frame: Frame) -> Pairs:
@@ -55,6 +57,12 @@ class Lists:
 
     def _candidates(self, frame: Frame) -> Candidates:
         numbers = frame.numbers.tobytes()
+        with self._lock:
+            found = self._kept(frame, numbers)
+        return self._searched(frame, numbers) if found is None else found
+
+    def _kept(self, frame: Frame, numbers: bytes) -> Candidates | None:
+        """A list that holds all pairs of the frame; if there is none, the one that the frame has outrun is dropped."""
         nearest, least = -1, self._reach + self._skin  # a list further away than that is another frame's
         for k, held in enumerate(self._held):
             if held.numbers != numbers or held.periodic != frame.periodic:
@@ -67,15 +75,17 @@ class Lists:
                 nearest, least = k, needed
         if nearest >= 0:
             del self._held[nearest]
-        return self._searched(frame, numbers)
+        return None
 
     def _searched(self, frame: Frame, numbers: bytes) -> Candidates:
-        self.searches += 1
         found = candidates(frame, self._reach + MARGIN)
         # copies: a frame may lie in memory that the next message overwrites
-        self._held.append(_Held(numbers, frame.periodic, frame.positions.copy(), frame.cell.copy(), found))
-        while len(self._held) > ENTRIES or sum(len(held.found.first) for held in self._held) > CAPACITY:
-            del self._held[0]
+        made = _Held(numbers, frame.periodic, frame.positions.copy(), frame.cell.copy(), found)
+        with self._lock:
+            self.searches += 1
+            self._held.append(made)
+            while len(self._held) > ENTRIES or sum(len(held.found.first) for held in self._held) > CAPACITY:
+                del self._held[0]
         return found
 
 

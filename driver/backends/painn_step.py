@@ -1,52 +1,24 @@
 """What a force call asks of the network of ``painn_net`` on a CPU: features, and the gradient of their weighted sum, by hand in numpy.
 
 The numbers are those of ``Network.forward`` and autograd to rounding; a test compares them. Twenty atoms cost the overhead of operators, which
-numpy has least of, and a hundred cost passes over memory. So no tensor of pairs and channels is ever made: with filters W b(r), linear in
-the radial basis,
+numpy has least of, and a hundred cost passes over memory. So no filters of pairs are ever made: they are W b(r), linear in the radial
+basis b, and
 
     sum_j (W b_ij)_c x_jc = sum_k W_ck (sum_j b_ijk x_jc)
 
 where the inner sum is a matrix product for each atom, and the outer one runs over atoms. In the first layer x is a matter of species. A list
 holds each pair in both directions, so an atom finds what its neighbours ask of it along its own pairs, and nothing is scattered. Atoms go
 through in blocks that stay in the cache of a core, padded to equal numbers of neighbours.
-
-Layout of the state and its gradient: (4, atom, channel), the scalars first, then the three components of the vectors.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
-
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
-from tumbaga.driver.backends.painn_net import SOFT, Network
+from tumbaga.driver.backends.painn_blocks import Block, Found, Numbers, Radial, along_vectors, blocks
+from tumbaga.driver.backends.painn_layers import First, Message, Update, array, silu
+from tumbaga.driver.backends.painn_net import Network
 from tumbaga.online.records import Array, Ints
-
-Numbers = npt.NDArray[Any]  # float32 or float64, as the network
-BLOCK: Final = 1024
-
-
-class _Block(NamedTuple):
-    """Some atoms, their pairs in equal numbers, and what depends on one pair vector alone."""
-
-    atoms: slice
-    rows: Ints  # of the pair list, (atoms, neighbours); its end where there is no such neighbour
-    second: Ints  # (atoms, neighbours)
-    species: Ints  # of `second`
-    unit: Numbers  # (atoms, neighbours, 3)
-    inverse: Numbers  # 1/r, (atoms, neighbours, 1)
-    basis: Numbers  # (atoms, neighbours, n_radial)
-    bent: Numbers  # unit times basis, (atoms, neighbours, 3, n_radial)
-    slope: Numbers  # d basis / dr
-
-
-class _Found(NamedTuple):
-    """Gradients with respect to what the block calls basis and bent."""
-
-    basis: Numbers
-    bent: Numbers
 
 
 class Step:
@@ -58,12 +30,12 @@ class Step:
 
     def __init__(self, network: Network) -> None:
         hyper = network.hyper
-        self._cutoff, self._frequencies = hyper.cutoff, _numpy(network.frequencies)
-        self._dtype = self._frequencies.dtype
-        self._first = _First(network)
-        self._messages = [_Message(network, layer) for layer in range(1, hyper.layers)]
-        self._updates = [_Update(network, layer) for layer in range(hyper.layers)]
-        self._weight, self._bias = _numpy(network.hidden.weight), _numpy(network.hidden.bias)
+        self._radial = Radial(hyper.cutoff, array(network.frequencies))
+        self._dtype = self._radial.frequencies.dtype
+        self._first = First(network)
+        self._messages = [Message(network, layer) for layer in range(1, hyper.layers)]
+        self._updates = [Update(network, layer) for layer in range(hyper.layers)]
+        self._weight, self._bias = array(network.hidden.weight), array(network.hidden.bias)
 
     def __call__(self, vectors: Array, first: Ints, second: Ints, species: Ints, weights: Array) -> tuple[Numbers, Numbers]:
         """Return the features of all atoms, (n_atoms, n_hidden), and a gradient for each pair vector, (n_pairs, 3).
@@ -76,267 +48,29 @@ class Step:
             weights: of the features of each atom, shape (n_atoms, n_hidden).
         """
         with np.errstate(all="ignore"):  # a broken frame is answered with numbers that are not finite, and the gateway sees them
-            # atoms with equally many neighbours stand together: less to pad
             counts = np.bincount(first, minlength=len(species))
             order = np.argsort(counts, kind="stable")
-            blocks = self._blocks(vectors, second, species, counts, order)
-            features, found = self._run(blocks, species[order], weights[order].astype(self._dtype))
+            parts = blocks(vectors, second, species, counts, order, self._radial)
+            features, found = self._run(parts, species[order], weights[order].astype(self._dtype))
             gradients = np.empty((len(first) + 1, 3), self._dtype)
-            for block, one in zip(blocks, found, strict=True):
-                gradients[block.rows] = _along_vectors(block, one)
+            for block, one in zip(parts, found, strict=True):
+                gradients[block.rows] = along_vectors(block, one)
             unsorted = np.empty_like(features)
             unsorted[order] = features
         return unsorted, gradients[:-1]
 
-    def _run(self, blocks: list[_Block], species: Ints, weights: Numbers) -> tuple[Numbers, list[_Found]]:
-        state = self._first.forward(blocks, species)
+    def _run(self, parts: list[Block], species: Ints, weights: Numbers) -> tuple[Numbers, list[Found]]:
+        state = self._first.forward(parts, species)
         state, kept = self._updates[0].forward(state)
         tape = []
         for message, update in zip(self._messages, self._updates[1:], strict=True):
-            state, passed = message.forward(blocks, state)
+            state, passed = message.forward(parts, state)
             tape.append((message, passed, kept))
             state, kept = update.forward(state)
-        features, slope = _silu(state[0] @ self._weight.T + self._bias)
+        features, slope = silu(state[0] @ self._weight.T + self._bias)
         gradient = self._updates[-1].back_last((weights * slope) @ self._weight, kept)
-        found = [_Found(np.zeros_like(block.basis), np.zeros_like(block.bent)) for block in blocks]
+        found = [Found(np.zeros_like(block.basis), np.zeros_like(block.bent)) for block in parts]
         for (message, passed, kept), update in zip(tape[::-1], self._updates[-2::-1], strict=True):
-            gradient = update.back(message.back(blocks, gradient, passed, found), kept)
-        self._first.back(blocks, gradient, found)
+            gradient = update.back(message.back(parts, gradient, passed, found), kept)
+        self._first.back(parts, gradient, found)
         return features, found
-
-    def _blocks(self, vectors: Array, second: Ints, species: Ints, counts: Ints, order: Ints) -> list[_Block]:
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        # one pair more, beyond the cutoff, stands where an atom has no further neighbour
-        vectors = np.concatenate((vectors, [[2.0 * self._cutoff, 0.0, 0.0]])).astype(self._dtype)
-        seen = np.concatenate((place[second], [0]))
-        starts, ends, sizes = (np.cumsum(counts) - counts)[order], np.cumsum(counts)[order], counts[order]
-        found, begin = [], 0
-        while begin < len(order):
-            # sizes ascend, so the last atom of a block has most neighbours
-            width = sizes[begin : begin + BLOCK] * np.arange(1, len(sizes[begin : begin + BLOCK]) + 1)
-            end = begin + max(1, int(np.searchsorted(width, BLOCK, side="right")))
-            rows = starts[begin:end, None] + np.arange(max(1, sizes[end - 1]))
-            there = rows < ends[begin:end, None]
-            rows = np.where(there, rows, len(second))
-            # the neighbour that is not there is the atom itself: times 0, but 0 times what another frame says may not be 0
-            beside = np.where(there, seen[rows], np.arange(begin, end)[:, None])
-            found.append(self._block(slice(begin, end), rows, beside, species[order], vectors))
-            begin = end
-        return found
-
-    def _block(self, atoms: slice, rows: Ints, second: Ints, species: Ints, vectors: Numbers) -> _Block:
-        vectors = vectors.take(rows, axis=0)
-        square = _dot(vectors, vectors)
-        distance, reach = np.sqrt(square), self._cutoff**-2
-        inverse = 1.0 / distance
-        left = np.maximum(1.0 - square * reach, 0.0)
-        envelope = left * left * left * inverse
-        envelope_slope = -left * left * (left * inverse * inverse + 6.0 * reach)
-        phase = distance * self._frequencies
-        sine = np.sin(phase)
-        slope = sine * envelope_slope + np.cos(phase) * (envelope * self._frequencies)
-        unit, basis = vectors * inverse, sine * envelope
-        bent = unit[..., None] * basis[:, :, None]
-        return _Block(atoms, rows, second, species[second], unit, inverse, basis, bent, slope)
-
-
-def _dot(left: Numbers, right: Numbers) -> Numbers:
-    """Over the last axis, which is short and is kept."""
-    found: Numbers = np.einsum("...c,...c->...", left, right)[..., None]
-    return found
-
-
-def _along_vectors(block: _Block, found: _Found) -> Numbers:
-    """The gradient with respect to pair vectors, from those with respect to basis and bent."""
-    along = np.einsum("njak,njk->nja", found.bent, block.basis)
-    basis = found.basis + np.einsum("njak,nja->njk", found.bent, block.unit)
-    across = along - block.unit * _dot(along, block.unit)
-    gradient: Numbers = block.unit * _dot(basis, block.slope) + across * block.inverse
-    return gradient
-
-
-def _numpy(tensor: object) -> Numbers:
-    assert isinstance(tensor, Tensor)  # a parameter of a module; narrows torch's type, checks no input
-    return tensor.detach().cpu().numpy().copy()
-
-
-def _silu(x: Numbers) -> tuple[Numbers, Numbers]:
-    """x / (1 + exp(-x)) and its slope."""
-    gate = 1.0 / (1.0 + np.exp(-x))
-    value = x * gate
-    return value, gate + value * (1.0 - gate)
-
-
-class _Dense:
-    """Two linear layers with a silu between them; the second has several outputs of one width, (outputs, atoms, width)."""
-
-    def __init__(self, inner: Any, outer: Any, width: int) -> None:
-        self._inner, self._inner_bias = _numpy(inner.weight).T.copy(), _numpy(inner.bias)
-        self._inner_back = self._inner.T.copy()
-        self._outer_back = _numpy(outer.weight).reshape(-1, width, len(self._inner_bias))
-        self._outer, self._outer_bias = self._outer_back.swapaxes(1, 2).copy(), _numpy(outer.bias).reshape(-1, 1, width)
-
-    def forward(self, x: Numbers) -> tuple[Numbers, Numbers]:
-        """Return the outputs, and what `back` needs."""
-        value, slope = _silu(x @ self._inner + self._inner_bias)
-        return value @ self._outer + self._outer_bias, slope
-
-    def back(self, gradients: Numbers, slope: Numbers) -> Numbers:
-        """Return the gradient with respect to the input."""
-        found: Numbers = ((gradients @ self._outer_back).sum(axis=0) * slope) @ self._inner_back
-        return found
-
-
-class _First:
-    """The first message: all vectors are still zero and all scalars a matter of species."""
-
-    def __init__(self, network: Network) -> None:
-        self._embedding, self._width = _numpy(network.embedding), network.hyper.channels
-        outputs, _ = _Dense(network.message_in[0], network.message_out[0], self._width).forward(self._embedding)
-        filters = _numpy(network.filters)[: 2 * self._width].reshape(2, 1, self._width, -1).swapaxes(2, 3)
-        # for scalars and directions: (species and radial function, channel)
-        self._table = (outputs[:, :, None] * filters).reshape(2, -1, self._width)
-        self._table_back = self._table.swapaxes(1, 2).copy()
-        self._one_of = np.eye(len(self._embedding), dtype=self._embedding.dtype)
-
-    def forward(self, blocks: list[_Block], species: Ints) -> Numbers:
-        """Return the state after the message."""
-        kinds, radial = len(self._embedding), self._table.shape[1] // len(self._embedding)
-        sums = np.empty((4, len(species), kinds, radial), self._table.dtype)
-        for block in blocks:
-            which = self._one_of[block.species].swapaxes(1, 2)
-            sums[0, block.atoms] = which @ block.basis
-            bent = which @ block.bent.reshape(*block.second.shape, -1)
-            sums[1:, block.atoms] = bent.reshape(-1, kinds, 3, radial).transpose(2, 0, 1, 3)
-        flat = sums.reshape(4, len(species), -1)
-        state = np.empty((4, len(species), self._width), flat.dtype)
-        state[0] = flat[0] @ self._table[0] + self._embedding[species]
-        np.matmul(flat[1:], self._table[1], out=state[1:])
-        return state
-
-    def back(self, blocks: list[_Block], gradient: Numbers, found: list[_Found]) -> None:
-        """Add to the gradients with respect to basis and bent."""
-        atoms, kinds = gradient.shape[1], len(self._embedding)
-        scalar = (gradient[0] @ self._table_back[0]).reshape(atoms, kinds, -1)
-        vector = (gradient[1:] @ self._table_back[1]).reshape(3, atoms, kinds, -1).transpose(1, 2, 0, 3).copy()
-        for block, into in zip(blocks, found, strict=True):
-            own = np.arange(block.atoms.start, block.atoms.stop)[:, None]
-            into.basis[:] += scalar[own, block.species]
-            into.bent[:] += vector[own, block.species]
-
-
-class _Message:
-    """The message of a later layer."""
-
-    def __init__(self, network: Network, layer: int) -> None:
-        self._width = width = network.hyper.channels
-        start = (3 * layer - 1) * width
-        scalar, self._direction, carried = _numpy(network.filters)[start : start + 3 * width].reshape(3, width, -1).swapaxes(1, 2).copy()
-        self._filters = np.concatenate((scalar, carried, carried, carried), axis=1)  # (n_radial, 4 channels)
-        self._dense = _Dense(network.message_in[layer], network.message_out[layer], width)
-
-    def forward(self, blocks: list[_Block], state: Numbers) -> tuple[Numbers, tuple[Numbers, ...]]:
-        """Return the state, and what `back` needs."""
-        context, slope = self._dense.forward(state[0])
-        source, after, split = self._shown(context, state), state.copy(), 4 * self._width
-        for block in blocks:
-            seen = source.take(block.second, axis=0)
-            flow = _filtered(block.basis.swapaxes(1, 2) @ seen[..., :split], self._filters)
-            bent = block.bent.reshape(*block.second.shape, -1).swapaxes(1, 2) @ seen[..., split:]
-            along = _filtered(bent.reshape(len(bent), 3, -1, self._width), self._direction)
-            after[:, block.atoms] += flow.reshape(len(flow), 4, -1).swapaxes(0, 1)
-            after[1:, block.atoms] += along.swapaxes(0, 1)
-        return after, (state, context, slope, source)
-
-    def _shown(self, context: Numbers, state: Numbers) -> Numbers:
-        """What an atom shows to all its neighbours: scalar, its vectors behind their gate, direction; (atoms, 5 channels)."""
-        source = np.empty((state.shape[1], 5, self._width), state.dtype)
-        source[:, 0], source[:, 4] = context[0], context[1]
-        np.multiply(context[2], state[1:], out=source[:, 1:4].swapaxes(0, 1))
-        return source.reshape(len(source), -1)
-
-    def back(self, blocks: list[_Block], gradient: Numbers, kept: tuple[Numbers, ...], found: list[_Found]) -> Numbers:
-        """Return the gradient with respect to the state before, and add to those with respect to basis and bent."""
-        state, context, slope, source = kept
-        asked, vectors = np.empty_like(source), gradient[1:].swapaxes(0, 1).reshape(len(source), -1)
-        for block, into in zip(blocks, found, strict=True):
-            self._back(block, gradient[0].take(block.second, axis=0), vectors.take(block.second, axis=0), source, asked, into)
-        asked = asked.reshape(len(source), 5, -1).swapaxes(0, 1)
-        after = gradient.copy()
-        gates = np.stack((asked[0], asked[4], (asked[1:4] * state[1:]).sum(axis=0)))
-        after[0] += self._dense.back(gates, slope)
-        after[1:] += asked[1:4] * context[2]
-        return after
-
-    def _back(self, block: _Block, scalar: Numbers, vector: Numbers, source: Numbers, asked: Numbers, into: _Found) -> None:
-        """The messages that the atoms of the block send, along their own pairs; the unit vector points the other way for them.
-
-        `scalar` and `vector` are the gradients at the neighbours, (atoms, neighbours, 1 or 3 times channels).
-        """
-        c, own = self._width, source[block.atoms, None]
-        basis = block.basis.swapaxes(1, 2)
-        asked[block.atoms, :c] = _filtered(basis @ scalar, self._filters[:, :c])
-        asked[block.atoms, c : 4 * c] = _filtered(basis @ vector, self._filters[:, c:])
-        # each component by itself: (atoms, neighbours and components, channels)
-        parts = vector.reshape(len(vector), -1, c)
-        bent = block.bent.reshape(len(vector), -1, basis.shape[1]).swapaxes(1, 2) @ parts
-        asked[block.atoms, 4 * c :] = -_filtered(bent, self._direction)
-        gates = (own[..., 4 * c :] * self._direction).swapaxes(1, 2)
-        into.bent[:] -= (parts @ gates).reshape(into.bent.shape)
-        scalar *= own[..., :c]
-        vector *= own[..., c : 4 * c]
-        into.basis[:] += scalar @ self._filters[:, :c].T + vector @ self._filters[:, c:].T
-
-
-def _filtered(sums: Numbers, filters: Numbers) -> Numbers:
-    """Sum over the radial functions, the last axis but one."""
-    found: Numbers = np.einsum("...kc,kc->...c", sums, filters)
-    return found
-
-
-class _Update:
-    """What an atom does with its own state, after each message."""
-
-    def __init__(self, network: Network, layer: int) -> None:
-        self._width, self._last = network.hyper.channels, layer == network.hyper.layers - 1
-        self._mix_back = _numpy(network.mix[layer].weight).reshape(2, self._width, self._width)
-        self._mix = self._mix_back.swapaxes(1, 2).copy()
-        self._dense = _Dense(network.update_in[layer], network.update_out[layer], self._width)
-
-    def forward(self, state: Numbers) -> tuple[Numbers, tuple[Numbers, ...]]:
-        """Return the state, and what `back` needs."""
-        vector = state[1:]
-        left, right = (vector.reshape(-1, self._width) @ self._mix).reshape(2, *vector.shape)
-        dot, norm = (left * right).sum(axis=0), np.sqrt((right * right).sum(axis=0) + SOFT)
-        gates, slope = self._dense.forward(np.concatenate((state[0], norm), axis=1))
-        after = state.copy()
-        after[0] += gates[0] + gates[1] * dot
-        if not self._last:  # vectors are read no more
-            after[1:] += gates[2] * left
-        return after, (left, right, dot, norm, gates, slope)
-
-    def back_last(self, gradient: Numbers, kept: tuple[Numbers, ...]) -> Numbers:
-        """As `back`, after the last layer, where the scalars alone have a gradient."""
-        return self._back(gradient, None, kept)
-
-    def back(self, gradient: Numbers, kept: tuple[Numbers, ...]) -> Numbers:
-        """Return the gradient with respect to the state before, under that with respect to the state behind."""
-        return self._back(gradient[0], gradient[1:], kept)
-
-    def _back(self, scalars: Numbers, vector: Numbers | None, kept: tuple[Numbers, ...]) -> Numbers:
-        left, right, dot, norm, gates, slope = kept
-        parts = [scalars, scalars * dot] if vector is None else [scalars, scalars * dot, (vector * left).sum(axis=0)]
-        inner = self._dense.back(np.stack(parts), slope)
-        both = np.empty((2, *left.shape), left.dtype)
-        dotted = scalars * gates[1]
-        np.multiply(right, dotted, out=both[0])
-        np.multiply(left, dotted, out=both[1])
-        both[1] += right * (inner[:, self._width :] / norm)
-        if vector is not None:
-            both[0] += gates[2] * vector
-        found = np.empty((4, *scalars.shape), scalars.dtype)
-        np.add(scalars, inner[:, : self._width], out=found[0])
-        mixed = (both.reshape(2, -1, self._width) @ self._mix_back).sum(axis=0).reshape(left.shape)
-        found[1:] = mixed if vector is None else mixed + vector
-        return found

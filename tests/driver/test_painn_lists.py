@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from ase.neighborlist import primitive_neighbor_list
@@ -135,3 +137,17 @@ def test_kept_lists_do_not_look_into_memory_that_changed() -> None:
     frame.positions[:] += np.random.default_rng(7).normal(size=(30, 3))
 
     same(kept.pairs(frame), painn_pairs.pairs(frame, CUTOFF))
+
+
+def test_threads_may_share_the_lists() -> None:
+    """Images of a band, each in a thread, with one potential: every answer is the fresh list."""
+    kept = Lists(CUTOFF)
+
+    def walk(seed: int) -> None:
+        rng, frame = np.random.default_rng(seed), cloud(40, seed % 3)
+        for _ in range(60):
+            frame = moved(frame, frame.positions + rng.normal(size=frame.positions.shape) * 0.03)
+            same(kept.pairs(frame), pairs(frame, CUTOFF))
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(walk, range(6)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tumbaga.driver.backends import painn_step
+from tumbaga.driver.backends import painn_blocks
 from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.backends.painn_pairs import pairs
 from tumbaga.driver.backends.painn_step import Step
@@ -43,7 +43,7 @@ def summed(
 @pytest.mark.parametrize("one", [frame(1), frame(2), frame(30), frame(7, periodic=True)], ids=["atom", "two", "cluster", "crystal"])
 def test_features_and_slopes_are_those_of_autograd(one: Frame, layers: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To rounding in float64, however many pairs are treated at once, and with atoms that have no neighbour."""
-    monkeypatch.setattr(painn_step, "BLOCK", block)
+    monkeypatch.setattr(painn_blocks, "BLOCK", block)
     net, found = network(layers), pairs(one, 4.0)
     species = np.searchsorted([1, 8, 29], one.numbers)
     weights = np.random.default_rng(2).normal(size=(len(one), 8))
