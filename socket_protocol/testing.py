@@ -35,7 +35,7 @@ from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Dialling, Listener, Stream, dial
 
 Dialect: TypeAlias = Literal["classic", "pipelined"]
-_AWAKE_S = 80e-6
+_AWAKE_S = 50e-6
 
 
 def connection_pair(atoms: int | None = None, limits: Limits | None = None) -> tuple[Connection, Connection]:
