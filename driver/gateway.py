@@ -12,21 +12,21 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
 import numpy as np
 import zmq
 
 from tumbaga.driver import config as configs
 from tumbaga.driver import process
 from tumbaga.driver.answers import Certainty, certainty, extras
+from tumbaga.driver.learner_link import LearnerLink
 from tumbaga.driver.pool import Job, Outcome, Pool
 from tumbaga.driver.rollout import Rollout, read_serving
 from tumbaga.driver.session import Asked, Ended, More, Patience, Result, Session
 from tumbaga.driver.species import Species
 from tumbaga.driver.stats import CallTimes
-from tumbaga.online import flagging, guards
+from tumbaga.online import guards
 from tumbaga.online.ramp import Mix, swap_work, weight_step
-from tumbaga.online.records import Array, Prediction, Reason
+from tumbaga.online.records import Prediction
 from tumbaga.socket_protocol import bus
 from tumbaga.socket_protocol.errors import NotYetError, ProtocolError, TransportError
 from tumbaga.socket_protocol.link import Hub
@@ -37,7 +37,6 @@ _EVALUATORS = "evaluators"  # in the selector; sessions have a colon in their na
 _AFTER_FAULT_S = 0.25
 _BRIEF_S = 2.0  # a conversation that is over sooner may be one of very many
 _OFTEN = 1000  # in a row, which are told of one by one; then in thousands
-_MAX_UNSENT = 256  # candidates kept while the learner is away
 TEMPLATE = "template.json"  # what the gateway needs of the templates: it cannot read structure files without slow imports
 
 Templates = dict[str, Species]
@@ -64,12 +63,10 @@ class Gateway:
     ) -> None:
         self._settings, self._reporter = settings, reporter
         self._evaluators = Hub(bus.EVALUATORS)
-        self._learner = bus.Endpoint(context, zmq.ROUTER, bus.LEARNER, bind=True)
+        self._learner = LearnerLink(context, settings)
         serve = settings.serve
         self._pool = Pool(self._evaluators, process.monotonic, serve.committee, serve.window_ms / 1000.0)
-        self._rollout = Rollout(settings.learn, self._pool, serving, self._tell_learner)
-        self._random = Random(settings.seed)
-        self._flag = flagging.Settings(settings.flag.force_error, settings.flag.audit_every, settings.flag.spacing)
+        self._rollout = Rollout(settings.learn, self._pool, serving, self._learner.tell)
         self.sessions = {session.name: session for session in self._made(templates)}
         self._rollout.sessions = self.sessions.values()
         self._selector = selectors.DefaultSelector()
@@ -77,13 +74,11 @@ class Gateway:
         self._restless: set[str] = set()  # sessions that have more to say than fitted into their turn
         self._outcomes: dict[str, list[Outcome | None]] = {}  # of the request under way
         self._mixes: dict[str, Mix] = {}
-        self._unsent: deque[tuple[bus.Candidate, list[Array]]] = deque(maxlen=_MAX_UNSENT)
         self.times = CallTimes()
-        self._counts = {"flags": 0, "refused": 0, "conversations": 0, "steps": 0, "frames": 0}
+        self._counts = {"refused": 0, "conversations": 0, "steps": 0, "frames": 0}
         self._score_max = self._score_last = 0.0
         self._errors: deque[str] = deque(maxlen=20)
         self._next_report = self._next_chore = 0.0
-        self._heeded = True  # whether the learner may have sent something
 
     def _made(self, templates: Templates) -> list[Session]:
         serve = self._settings.serve
@@ -100,9 +95,7 @@ class Gateway:
 
     def run(self, lifeline: process.Lifeline) -> None:
         """Serve until told to leave; then hang up on every engine."""
-        learner = self._learner.socket.getsockopt(zmq.FD)
-        assert isinstance(learner, int)
-        for fixed, name in ((self._evaluators.fileno(), _EVALUATORS), (learner, ""), (lifeline.fileno(), "")):
+        for fixed, name in ((self._evaluators.fileno(), _EVALUATORS), (self._learner.fileno(), ""), (lifeline.fileno(), "")):
             self._selector.register(fixed, selectors.EVENT_READ, name)
         held: float | None = None
         while not lifeline.cut_off:
@@ -111,13 +104,13 @@ class Gateway:
                     for received in self._evaluators.receive():
                         self._evaluator_message(*received)
                 elif not key.data:
-                    self._heeded = True
+                    self._learner.stirred = True
                 elif key.data not in self._restless:
                     self._engine_event(self.sessions[key.data])
             for name in tuple(self._restless):
                 self._engine_event(self.sessions[name])
-            if self._heeded:
-                self._learner_events()
+            if self._learner.stirred:
+                self._hear_learner()
             held = self._pool.dispatch()
             if process.monotonic() >= self._next_chore:
                 self._chores()
@@ -128,7 +121,7 @@ class Gateway:
         self._evaluators.close()
 
     def _patience(self, held: float | None) -> float:
-        if self._restless or self._heeded:
+        if self._restless or self._learner.stirred:
             return 0.0
         patience = max(0.0, self._next_chore - process.monotonic())
         return patience if held is None else min(patience, held)
@@ -137,13 +130,13 @@ class Gateway:
         """What is due at certain times: calls, limits, reports."""
         now = process.monotonic()
         self._next_chore = now + _REPORT_S
-        self._heeded = True
+        self._learner.stirred = True
         for session in self.sessions.values():
             if late := session.overdue(now):
                 self._end(session, late)
             if self._pool.ready_to_serve:  # a connection that cannot be answered at once makes an engine wait, and other drivers with it
                 self._dial_if_due(session, now)
-        self._send_candidates()
+        self._learner.send_candidates()
         self._report()
 
     def _watch(self, session: Session) -> None:
@@ -349,7 +342,7 @@ class Gateway:
         worst = scores.index(max(scores))
         self._score_last = session.last_score = scores[worst]
         self._score_max = max(self._score_max, self._score_last)
-        self._consider(session, steps, certainties[worst], outcomes[worst])
+        self._learner.consider(session, steps, certainties[worst], outcomes[worst])
         self._follow(session, after)
 
     def _extras(self, outcome: Outcome, sure: Certainty, work: float) -> bytes:
@@ -359,48 +352,12 @@ class Gateway:
 
     # -- learning --------------------------------------------------------------------------------------------------------------------
 
-    def _consider(self, session: Session, step: int, sure: Certainty, outcome: Outcome) -> None:
-        if not self._settings.learn.enabled:
-            return
-        session.flagger, reason = flagging.step(session.flagger, step, sure.score, self._flag, self._random.random())
-        if reason is not None:
-            self._flagged(session, step, reason, sure, outcome)
-
-    def _flagged(self, session: Session, step: int, reason: Reason, sure: Certainty, outcome: Outcome) -> None:
-        frame, prediction = outcome.job.frame, _prediction(outcome)
-        self._counts["flags"] += 1
-        version = outcome.job.mix[1]
-        message = bus.Candidate(session.name, step, reason.value, sure.score or 0.0, sure.lpr, version, frame.periodic, prediction.energy)
-        self._unsent.append((message, [frame.numbers, frame.positions, frame.cell, prediction.forces]))  # type: ignore[list-item]
-        self._send_candidates()
-
-    def _send_candidates(self) -> None:
-        self._heeded = True
-        while self._unsent and self._learner.send(*self._unsent[0], to=bus.LEARNER):
-            self._unsent.popleft()
-
-    def _tell_learner(self, message: bus.NowServing) -> None:
-        self._heeded = True
-        self._learner.send(message, to=bus.LEARNER)
-
-    def _learner_events(self) -> None:
-        """Take all that the learner has sent.
-
-        The descriptor of a zmq socket tells of changes only, and every use of the socket may swallow one: so it is asked each time the
-        descriptor has told, and after each use (`_heeded`); to ask before every wait would be felt in every force call.
-        """
-        while self._learner.waiting:
-            self._learner_event()
-        self._heeded = False
-
-    def _learner_event(self) -> None:
-        try:
-            received = self._learner.receive()
-        except msgspec.DecodeError as error:
-            self._error(f"a message of the learner could not be read: {error}")
-            return
-        if received is not None and isinstance(message := received[1], bus.Serve) and self._rollout.wanted(message):
-            self._reporter.log("info", "swap", version=message.version)
+    def _hear_learner(self) -> None:
+        for message in self._learner.heard():
+            if isinstance(message, str):
+                self._error(message)
+            elif self._rollout.wanted(message):
+                self._reporter.log("info", "swap", version=message.version)
 
     # -- report ----------------------------------------------------------------------------------------------------------------------
 
@@ -422,7 +379,8 @@ class Gateway:
             batch_atoms=self._pool.cap.atoms,
             out_of_memory=self._pool.exhausted,
             errors=list(self._errors),
-            candidates_waiting=len(self._unsent),
+            flags=self._learner.flags,
+            candidates_waiting=self._learner.waiting,
             sessions=[_session_state(session) for session in self.sessions.values()],
         )
 
