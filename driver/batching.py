@@ -17,6 +17,9 @@ _MOST = 1 << 20
 _SLOWER, _FASTER = 0.7, 1.25
 _PATIENT = 500  # full batches that must have gone well before the limit of memory is tried a little further
 _FURTHER = 1.1
+_SHARE = 0.1  # of the time of a batch that the next one may wait
+_LATE = 2.0  # a session that takes so many times as long as usual is not waited for any more
+_LEARN = 0.2  # weight of what was seen last
 
 
 class Cap:
@@ -45,6 +48,49 @@ class Cap:
 
     def _set(self, atoms: int) -> None:
         self.atoms = max(1, min(atoms, self._memory))
+
+
+class Returns:
+    """Who will be back in a moment: sessions that were answered together come back one by one, and go together again if the first waits.
+
+    Without that the first one back goes alone, all others wait for it, and every second batch is one frame. A frame waits only for sessions
+    that are expected within `_SHARE` of what the last batch took, by the time they took so far from an answer to the next frame.
+    """
+
+    def __init__(self) -> None:
+        self._thinks: dict[str, float] = {}  # seconds from an answer to the next frame, an average
+        self._away: dict[str, float] = {}  # session → when it was answered
+
+    def answered(self, session: str, now: float) -> None:
+        """A session was answered, or is about to be."""
+        self._away[session] = now
+
+    def came(self, session: str, now: float) -> None:
+        """A session has sent a frame."""
+        answered = self._away.pop(session, None)
+        if answered is not None:
+            took = now - answered
+            known = self._thinks.get(session, took)
+            self._thinks[session] = known + _LEARN * (took - known)
+
+    def forget(self, session: str) -> None:
+        """A session is gone."""
+        self._away.pop(session, None)
+        self._thinks.pop(session, None)
+
+    def hold(self, now: float, finished: float, seconds: float) -> float:
+        """Return for how many seconds to wait for sessions that will soon be back, 0 for not at all.
+
+        Args:
+            now: seconds, monotonic.
+            finished: when the last batch of the evaluator that is free was done.
+            seconds: what that batch took.
+        """
+        limit = finished + _SHARE * seconds
+        if now >= limit:
+            return 0.0
+        due = [answered + _LATE * self._thinks[name] for name, answered in self._away.items() if name in self._thinks]
+        return max([moment - now for moment in due if now < moment <= limit], default=0.0)
 
 
 class Item(Protocol):

@@ -80,6 +80,8 @@ class _Evaluator:
     batch: int = 0
     jobs: list[Job] = field(default_factory=list)
     since: float = 0.0
+    finished: float = 0.0  # when its last batch was done
+    took: float = 0.0  # what that took, s
 
 
 def joined(arrays: list[Any]) -> Any:
@@ -99,7 +101,8 @@ class Pool:
 
     def __init__(self, channel: Channel, clock: Callable[[], float], members: int = 0, window: float = 0.0) -> None:
         self._channel, self._clock, self._members = channel, clock, members
-        self._window, self._turns, self.cap = Window(window, clock), batching.Turns(), batching.Cap()
+        self._window, self._turns, self._returns = Window(window, clock), batching.Turns(), batching.Returns()
+        self.cap = batching.Cap()
         self._evaluators: dict[str, _Evaluator] = {}
         self._waiting: list[Job] = []
         self._batches = 0
@@ -176,6 +179,7 @@ class Pool:
     def add(self, job: Job) -> None:
         """Take one frame; `dispatch` sends it off."""
         self._window.arrived(job.group)
+        self._returns.came(job.session, self._clock())
         self._turns.queue(job)
         self._waiting.append(job)
 
@@ -186,6 +190,7 @@ class Pool:
                 self._window.finished(job.group, waiting=True)
         self._waiting = [job for job in self._waiting if job.session != session]
         self._turns.forget(session)
+        self._returns.forget(session)
 
     def dispatch(self) -> float | None:
         """Give what waits to the evaluators that are free, each a ragged batch; frames under suspicion go one by one.
@@ -197,6 +202,8 @@ class Pool:
             return None
         free = [(name, evaluator) for name, evaluator in self._evaluators.items() if not evaluator.jobs]
         for index, (name, evaluator) in enumerate(free):
+            if hold := self._returns.hold(self._clock(), evaluator.finished, evaluator.took):
+                return hold
             jobs = self._next_batch(len(free) - index)
             if not jobs:
                 break
@@ -248,6 +255,7 @@ class Pool:
             return []
         jobs, evaluator.jobs = evaluator.jobs, []
         self.batches_done += 1
+        evaluator.finished, evaluator.took = self._clock(), message.seconds
         total = sum(job.atoms for job in jobs)
         if message.error and len(jobs) > 1:
             if message.exhausted:
@@ -263,6 +271,8 @@ class Pool:
         if message.error:
             return [Outcome(job, None, error=message.error) for job in jobs]
         self.cap.took(len(jobs), total, message.seconds)
+        for job in jobs:
+            self._returns.answered(job.session, evaluator.finished)
         forces = bus.array(buffers[0], np.float64, (total, 3))
         virials = bus.array(buffers[1], np.float64, (len(jobs), 3, 3))
         lpr = bus.array(buffers[2], np.float64, (total,))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tumbaga.driver.batching import TARGET_S, Cap, Turns, chosen
+from tumbaga.driver.batching import TARGET_S, Cap, Returns, Turns, chosen
 
 
 @dataclass(eq=False)
@@ -102,3 +102,40 @@ def test_the_cap_never_reaches_nothing() -> None:
         cap.exhausted(cap.atoms)
 
     assert cap.atoms == 1
+
+
+def test_a_frame_waits_for_sessions_that_come_back_at_once() -> None:
+    returns = Returns()
+    for step in range(20):
+        for name in "abc":
+            returns.answered(name, step)
+            returns.came(name, step + 0.001)
+    for name in "abc":
+        returns.answered(name, 100.0)
+    returns.came("a", 100.001)
+
+    assert returns.hold(100.001, 100.0, seconds=0.03) == pytest.approx(0.001)
+    returns.came("b", 100.0012)
+    returns.came("c", 100.0013)
+    assert returns.hold(100.0013, 100.0, seconds=0.03) == 0.0
+
+
+def test_a_frame_waits_no_longer_than_a_tenth_of_a_batch_and_never_for_the_slow() -> None:
+    returns = Returns()
+    for name, think in (("quick", 0.002), ("slow", 0.5)):
+        returns.answered(name, 0.0)
+        returns.came(name, think)
+        returns.answered(name, 100.0)
+
+    assert returns.hold(100.0, 100.0, seconds=0.1) == pytest.approx(0.004)  # twice what the quick one takes
+    assert returns.hold(100.0, 100.0, seconds=0.03) == 0.0  # it would be later than a tenth
+    assert returns.hold(100.005, 100.0, seconds=0.1) == 0.0  # it is late
+    returns.forget("quick")
+    assert returns.hold(100.0, 100.0, seconds=0.1) == 0.0
+
+
+def test_nobody_waits_for_a_session_that_was_never_seen_to_come_back() -> None:
+    returns = Returns()
+    returns.answered("new", 0.0)
+
+    assert returns.hold(0.0, 0.0, seconds=10.0) == 0.0
