@@ -1,7 +1,8 @@
 """Raw engines for overhead.py and tenants.py: a socket, one write and one read for each frame, and no work of their own in between.
 
-Requests are made beforehand, and the atoms of each differ a little from those of the one before, as in a simulation: nobody can answer from
-memory.
+Their systems are small metal clusters in water, which is what the embedded potential knows: of metal alone, from 38 atoms on, it makes forces
+that the server refuses to hand out. Requests are made beforehand, and the atoms of each differ a little from those of the one before, as in
+a simulation: nobody can answer from memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from _answerers import Place, answering
 from _floor_driver import reply, request_size
 from _wire_engines import raw_listener
 from ase.io import write
+from embedded import random_cluster
 
 from tumbaga.driver import units
 
@@ -32,10 +34,21 @@ Where = list[tuple[Place, ase.Atoms, list[Array]]]
 
 PATIENCE_S = 180.0
 """For anybody to start: sixteen processes that import torch at once on two cores take most of a minute."""
+SYSTEMS = {13: (2, 2, 3), 20: (2, 3, 5), 38: (3, 5, 10), 55: (3, 7, 15), 147: (2, 4, 47)}
+"""Cu, Au and waters, by the number of atoms."""
 _MOVED, _FRAMES = 0.02, 16  # Å; different frames, in turn
 _EXTRAS = 4096  # bytes of extras that fit into one read; more are an error
 _FORCES_AT = 24  # in a FORCEREADY: behind its word, the energy and the number of atoms
+_LAST_WORDS = 500
 _READ = struct.pack("ll", int(PATIENCE_S), 0)  # a timeval
+
+
+def system(size: int, seed: int = 0) -> ase.Atoms:
+    """A compact random cluster of so many atoms, in the box that i-PI insists on."""
+    numbers, positions = random_cluster(*SYSTEMS[size], np.random.default_rng(seed))
+    atoms = ase.Atoms(numbers, positions, cell=[40.0] * 3)
+    atoms.center()
+    return atoms
 
 
 def moved(atoms: ase.Atoms, seed: int = 0) -> list[Array]:
@@ -138,10 +151,15 @@ def place(folder: Path, name: str, atoms: ase.Atoms) -> Place:
     return Place(here, "unix", 0, "engine", f"{here}/", here / "atoms.xyz", len(atoms))
 
 
-def server(model: str, places: Sequence[Place], run_dir: Path) -> list[str]:
+def run_dir(where: Where) -> Path:
+    """That of a server for these engines."""
+    return where[0][0].folder / "run"
+
+
+def server(model: str, where: Where) -> list[str]:
     """One server for all these engines, as users start it: supervisor, gateway, evaluator."""
-    told = ["serve", "-m", model, "--no-learn", "--quiet", "--run-dir", str(run_dir)]
-    for one in places:
+    told = ["serve", "-m", model, "--no-learn", "--quiet", "--run-dir", str(run_dir(where))]
+    for one, _, _ in where:
         told += ["--connect", f"{one.address}={one.structure}"]
     return [sys.executable, "-m", "tumbaga.driver.cli", *told]
 
@@ -152,16 +170,18 @@ def answered(commands: Sequence[list[str]], where: Where, *, handshake: bool = T
 
     Yields:
         The ids of the processes, and the engines, connected and ready to ask.
+
+    Raises:
+        ConnectionError: one of them does not answer any more; with its last words.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_explained(where))
         listeners = [stack.enter_context(raw_listener(one)) for one, _, _ in where]
         # all start at once: one after the other would take minutes
         processes = [stack.enter_context(answering(command, one)) for command, (one, _, _) in zip(commands, where, strict=False)]
         engines = []
         for index, (_, atoms, frames) in enumerate(where):
-            whose = min(index, len(processes) - 1)
-            log = where[whose][0].folder / "answerer.log"
-            peer = stack.enter_context(_accepted(listeners[index], processes[whose], log))
+            peer = stack.enter_context(_accepted(listeners[index], processes[min(index, len(processes) - 1)]))
             engines.append(RawEngine(peer, atoms, frames, handshake=handshake))
         yield [process.pid for process in processes], engines
         if handshake:
@@ -169,11 +189,11 @@ def answered(commands: Sequence[list[str]], where: Where, *, handshake: bool = T
                 engine.leave()
 
 
-def _accepted(listener: socket.socket, process: subprocess.Popen[bytes], log: Path) -> socket.socket:
+def _accepted(listener: socket.socket, process: subprocess.Popen[bytes]) -> socket.socket:
     """The answerer that has dialled in.
 
     Raises:
-        ConnectionError: there will be none; its last words.
+        ConnectionError: there will be none.
     """
     listener.settimeout(0.5)
     until = time.monotonic() + PATIENCE_S
@@ -181,4 +201,16 @@ def _accepted(listener: socket.socket, process: subprocess.Popen[bytes], log: Pa
         with contextlib.suppress(TimeoutError):
             return listener.accept()[0]
         if process.poll() is not None or time.monotonic() > until:
-            raise ConnectionError(f"nobody came to answer: {log.read_text(errors='replace')[-2000:]}")
+            raise ConnectionError("nobody came to answer")
+
+
+@contextlib.contextmanager
+def _explained(where: Where) -> Iterator[None]:
+    """Add to an error what the logs say, before their folders are removed."""
+    try:
+        yield
+    except ConnectionError as error:
+        for one, _, _ in where:
+            for log in sorted(path for path in one.folder.rglob("*") if path.suffix in (".log", ".jsonl", ".err")):
+                error.add_note(f"{log.relative_to(one.folder.parent)}: {log.read_text(errors='replace')[-_LAST_WORDS:].strip()}")
+        raise

@@ -38,8 +38,7 @@ import _answerers as answerers
 import ase
 import numpy as np
 from _machine import described
-from _raw_engines import Array, RawEngine, answered, moved, place, server
-from wire import structure
+from _raw_engines import Array, RawEngine, answered, moved, place, server, system
 
 from tumbaga.driver.backends import registry
 from tumbaga.driver.slot import BASE, Answer, Slot
@@ -130,9 +129,9 @@ def subjects(model: str, atoms: ase.Atoms) -> Iterator[dict[str, Call]]:
     frames = moved(atoms)
     with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as made, contextlib.ExitStack() as stack:
         folder = Path(made)
-        served, floored = place(folder, "served", atoms), place(folder, "floored", atoms)
-        _, (engine,) = stack.enter_context(answered([server(model, [served], folder / "run")], [(served, atoms, frames)]))
-        _, (floor,) = stack.enter_context(answered([answerers.floor(floored)], [(floored, atoms, frames)], handshake=False))
+        served, floored = ([(place(folder, name, atoms), atoms, frames)] for name in ("served", "floored"))
+        _, (engine,) = stack.enter_context(answered([server(model, served)], served))
+        _, (floor,) = stack.enter_context(answered([answerers.floor(floored[0][0])], floored, handshake=False))
         direct = Direct(model, atoms, frames)
         compare(direct, engine)
         calls = {DIRECT: direct.call, SERVER: engine.call, FLOOR: floor.call}
@@ -144,7 +143,7 @@ def subjects(model: str, atoms: ase.Atoms) -> Iterator[dict[str, Call]]:
 def measured(model: str, size: int, length: Length) -> Row:
     """One line of the table."""
     times: dict[str, list[list[float]]] = {who: [] for who in WHO}
-    with subjects(model, structure(size)) as calls:
+    with subjects(model, system(size)) as calls:
         for block in range(length.blocks):
             for who in WHO[block % 3 :] + WHO[: block % 3]:
                 times[who].append(timed(calls[who], length.calls))
@@ -179,7 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter blocks; the same checks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
-    parser.add_argument("--model", metavar="MODEL", help="this potential only; it must know Cu and Au")
+    parser.add_argument("--model", metavar="MODEL", help="this potential only; it must know Cu, Au, O and H")
     parser.add_argument("--sizes", metavar="N", type=int, nargs="+", choices=SIZES, default=SIZES, help="these sizes only")
     options = parser.parse_args()
     length = Length(20, 25) if options.quick else Length(60, 50)

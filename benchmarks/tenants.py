@@ -2,7 +2,7 @@
 
     python benchmarks/tenants.py [--quick] [--json FILE] [--model MODEL] [--engines N ...]
 
-The engines are raw ones (Cu-Au clusters of SIZES in turn): each sends its next frame as soon as it has its answer. All of them live in this
+The engines are raw ones (Cu-Au clusters in water, of SIZES in turn): each sends its next frame as soon as it has its answer. All of them live in this
 one process, which waits for all sockets at once; as many Python processes would take from those under test the processor that both need.
 "server" is one `tumbaga serve` with an address for each engine; "private" is one process for each engine with the back end and the wire in
 it, which is how it is done without a server (see _private_driver.py). "bound" is the back end alone: a batch of one frame of each engine,
@@ -23,7 +23,7 @@ is gone; what else on the machine has the same libraries loaded lowers both. It 
 Pass: with 8 and 16 engines the server makes at least BOUND of the frames a second that the back end makes in batches; with any number not
 fewer steps a second than private drivers, within MARGIN; no engine of the server is slower than SLOWEST of their mean.
 
---model takes any potential that knows Cu and Au; the line should be judged for a foundation model, too, once one is a back end.
+--model takes any potential that knows Cu, Au, O and H; the line should be judged for a foundation model, too, once one is a back end.
 """
 
 from __future__ import annotations
@@ -44,13 +44,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ase
 import numpy as np
 import numpy.typing as npt
 from _answerers import HERE
 from _machine import described
-from _raw_engines import PATIENCE_S, RawEngine, Where, answered, moved, place, server
-from ase.cluster import Icosahedron
+from _raw_engines import PATIENCE_S, RawEngine, Where, answered, moved, place, run_dir, server, system
 
 from tumbaga.driver.testing import processes_in
 
@@ -92,16 +90,6 @@ class Row:
     server_mib: float
     private_mib: float
     steps: dict[str, list[list[float]]]
-
-
-def cluster(size: int) -> ase.Atoms:
-    """The innermost atoms of an icosahedron, Au on the first quarter, in a box: closed shells with 13 and 55."""
-    whole = Icosahedron("Cu", 4)
-    inner = np.argsort(np.linalg.norm(whole.positions - whole.positions.mean(axis=0), axis=1).round(6), kind="stable")[:size]
-    atoms = ase.Atoms(["Cu"] * size, whole.positions[inner], cell=[40.0] * 3)
-    atoms.numbers[: size // 4] = 79
-    atoms.center()
-    return atoms
 
 
 def window(engines: Sequence[RawEngine], length: Length) -> list[float]:
@@ -175,8 +163,8 @@ def _environment() -> dict[str, str]:
 
 
 def tenants(folder: Path, kind: str, number: int) -> Where:
-    """Engines of mixed size, each with frames of its own; those of the same number ask for the same frames whoever answers."""
-    made = [cluster(SIZES[index % len(SIZES)]) for index in range(number)]
+    """Engines of mixed size, each with a system and frames of its own; those of the same number ask for the same frames whoever answers."""
+    made = [system(SIZES[index % len(SIZES)], index) for index in range(number)]
     return [(place(folder, f"{kind}-{index}", atoms), atoms, moved(atoms, index)) for index, atoms in enumerate(made)]
 
 
@@ -223,10 +211,9 @@ def measured(model: str, number: int, length: Length) -> Row:
         folder = Path(made)
         shared, own = tenants(folder, "shared", number), tenants(folder, "own", number)
         with contextlib.ExitStack() as first:
-            run_dir = folder / "run"
-            _, served = first.enter_context(answered([server(model, [one for one, _, _ in shared], run_dir)], shared))
+            _, served = first.enter_context(answered([server(model, shared)], shared))
             window(served, length)  # memory is what it is after some work
-            server_mib = pss([pid for pid, _ in processes_in(run_dir)])
+            server_mib = pss([pid for pid, _ in processes_in(run_dir(shared))])
             pids, driven = last.enter_context(answered(private(model, own), own))
             alone = first.enter_context(contextlib.closing(Alone(model, shared)))
             compare(served, driven)
@@ -296,7 +283,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter windows; the same checks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
-    parser.add_argument("--model", metavar="MODEL", default="painn:cuau-water", help="another potential; it must know Cu and Au")
+    parser.add_argument("--model", metavar="MODEL", default="painn:cuau-water", help="another potential; it must know Cu, Au, O and H")
     parser.add_argument("--engines", metavar="N", type=int, nargs="+", default=ENGINES, help="these numbers only")
     options = parser.parse_args()
     length = Length(3.0, 0.5) if options.quick else Length(10.0, 2.0)
