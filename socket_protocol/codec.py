@@ -205,7 +205,7 @@ _BARE: Final[Mapping[Role, Mapping[bytes, Piece]]] = {
     for role, events in ((Role.DRIVER, (Status(), GetForce(), Exit())), (Role.ENGINE, (NeedInit(), Ready(), HaveData())))
 }
 _POSDATA, _FORCEREADY = header_of(PosData), header_of(ForceReady)
-_LONG: Final[Mapping[Role, tuple[bytes, ...]]] = {Role.DRIVER: (_POSDATA, header_of(Init)), Role.ENGINE: (_FORCEREADY,)}
+_LONG: Final[Mapping[Role, tuple[bytes, ...]]] = {Role.DRIVER: (header_of(Init), _POSDATA), Role.ENGINE: (_FORCEREADY,)}
 _WORDS = {role: tuple(header.decode().rstrip() for header in (*_BARE[role], *_LONG[role])) for role in _LONG}
 
 
