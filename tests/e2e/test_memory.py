@@ -21,7 +21,7 @@ from tumbaga.socket_protocol.testing import BlockingEngine
 
 pytestmark = pytest.mark.slow
 BEADS = 48
-ROOM = 200 << 20  # bytes: a batch as large as is tried at first takes several times as much
+ROOM = 40 << 20  # bytes: a batch as large as is tried at first takes more
 
 
 def frames(count: int) -> tuple[list[PosData], np.ndarray]:
