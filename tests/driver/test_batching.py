@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tumbaga.driver.batching import TARGET_S, Cap, Returns, Turns, chosen
+from tumbaga.driver.evaluator import out_of_memory
 
 
 @dataclass(eq=False)
@@ -139,3 +140,20 @@ def test_nobody_waits_for_a_session_that_was_never_seen_to_come_back() -> None:
     returns.answered("new", 0.0)
 
     assert returns.hold(0.0, 0.0, seconds=10.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (np.exceptions.AxisError(1), False),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            True,
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert out_of_memory(error) is expected
