@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypeAlias
@@ -35,7 +34,6 @@ from tumbaga.socket_protocol.init_text import parse_init
 from tumbaga.socket_protocol.streams import Address, Dialling, Listener, Stream, dial
 
 Dialect: TypeAlias = Literal["classic", "pipelined"]
-_AWAKE_S = 50e-6
 
 
 def connection_pair(atoms: int | None = None, limits: Limits | None = None) -> tuple[Connection, Connection]:
@@ -96,17 +94,10 @@ class _Talk:
 
     def next(self) -> Event:
         while isinstance(event := self.connection.next_event(), Wait):
-            self._await()
+            if not self._readable.poll(1000 * self.timeout):  # asleep at once: on few cores, to stay awake takes time from the engine
+                raise TimeoutError(f"nothing came within {self.timeout} s at {self.stream!r}")
             self.stream.receive(self.connection)
         return event
-
-    def _await(self) -> None:
-        awake_until = time.perf_counter() + _AWAKE_S
-        while not self._readable.poll(0):
-            if time.perf_counter() > awake_until:
-                if not self._readable.poll(1000 * self.timeout):
-                    raise TimeoutError(f"nothing came within {self.timeout} s at {self.stream!r}")
-                return
 
 
 class BlockingEngine:
