@@ -13,7 +13,7 @@ from tumbaga.driver import process
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # s before a child that died is started again
 _SETTLED = 60.0  # s after which a child counts as healthy
-MAX_DEATHS = 6  # in a row, none of them settled: then it is given up
+MAX_DEATHS = 6  # in a row, none of them settled or with work done: then it is given up
 
 
 class Child:
@@ -31,7 +31,7 @@ class Child:
         self.name, self._module, self._run_dir, self._clock, self._arguments = name, module, run_dir, clock, arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._due = 0.0
-        self._deaths = 0
+        self._deaths = self._last_pid = 0
         self._given_up = ""
         self.restarts = 0
 
@@ -55,7 +55,12 @@ class Child:
                 start_new_session=True,
                 env=_environment(),
             )
-        self._started = self._clock()
+        self._started, self._last_pid = self._clock(), self._process.pid
+
+    def worked(self, pid: int) -> None:
+        """The process with this id has done work: it was no failed start, even if it is dead by now."""
+        if pid == self._last_pid:
+            self._deaths = 0
 
     def watch(self) -> str:
         """Look after it: restart it if it died. Returns a sentence, from then on, when it cannot go on, else nothing."""

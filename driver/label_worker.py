@@ -8,6 +8,7 @@ Where the chemistry is done by programs that connect to us (`client_labels`), th
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import os
 import shutil
@@ -32,6 +33,7 @@ from tumbaga.online.records import Frame, Label
 from tumbaga.socket_protocol import bus
 
 _BEAT_MS = 500
+_LAST_MOMENT_S = 0.5
 
 _labeller: Any = None  # of this child process
 
@@ -171,6 +173,12 @@ class Worker:
             reason = f"{type(error).__name__}: {error}"
         return spool.Result(task.task, task.frame, None, reason)
 
+    def last_moment(self) -> None:
+        """A label that ends just now was paid for: its result may still be on its way from the child."""
+        if isinstance(self._future, ProcessFuture):
+            concurrent.futures.wait([self._future], _LAST_MOMENT_S)
+        self.finished()
+
     def close(self) -> None:
         """Kill the child."""
         if self._pool is not None:
@@ -205,7 +213,7 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
                 clients.turn()
             worker.finished()
             worker.messages()
-        worker.finished()  # what ended in the last moment was paid for
+        worker.last_moment()
     finally:
         worker.close()
         shutil.rmtree(scratch, ignore_errors=True)

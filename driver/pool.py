@@ -104,6 +104,8 @@ class Pool:
         self._window, self._turns, self._returns = Window(window, clock), batching.Turns(), batching.Returns()
         self.cap = batching.Cap()
         self._evaluators: dict[str, _Evaluator] = {}
+        self.answered: dict[str, int] = {}
+        """Process id of the last evaluator of each name that has given forces."""
         self._waiting: list[Job] = []
         self._batches = 0
         self._paths: dict[int, str] = {}
@@ -270,6 +272,7 @@ class Pool:
             self._window.finished(job.group)
         if message.error:
             return [Outcome(job, None, error=message.error) for job in jobs]
+        self.answered[name] = evaluator.pid
         self.cap.took(len(jobs), total, message.seconds)
         for job in jobs:
             self._returns.answered(job.session, evaluator.finished)

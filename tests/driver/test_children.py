@@ -117,6 +117,28 @@ def test_a_long_life_is_forgiven(make: Callable[..., Child], clock: Clock) -> No
     assert child.restarts == MAX_DEATHS + 2
 
 
+def test_work_that_was_done_is_forgiven(make: Callable[..., Child], clock: Clock) -> None:
+    """A child that answered before it died had started well, however often that happens and even if the news comes after its death."""
+    child = make(CRASH)
+    for deaths in range(1, 3 * MAX_DEATHS):
+        dead = child._last_pid
+        wait(child)
+        assert child.watch() == ""
+        child.worked(dead)
+        clock.now += 0.11 if deaths % 2 else 0.21  # the pause grows by what was not forgiven
+        child.watch()
+        clock.now += 0.2
+        child.watch()
+        assert child.restarts == deaths
+    child.worked(dead)  # of an earlier one
+    for _ in range(MAX_DEATHS):
+        wait(child)
+        fault = child.watch()
+        clock.now += 20.0
+        child.watch()
+    assert "died 6 times in a row" in fault
+
+
 def test_a_killed_child_is_replaced(make: Callable[..., Child], clock: Clock) -> None:
     """After SIGKILL there is a new process of another id; its death is told once."""
     child = make(LOYAL)

@@ -20,6 +20,7 @@ from tumbaga.socket_protocol.streams import Address, Listener, listen
 from tumbaga.socket_protocol.testing import BlockingEngine, Dialect
 
 pytestmark = pytest.mark.slow
+KILLS = 20
 LJ = "toy:lj?epsilon=0.05&sigma=2.2"
 STEPS = 5000  # of each engine
 SIZES = (4, 6, 9, 13)
@@ -154,22 +155,8 @@ def killing(times: int) -> Callable[[Program, Progress], None]:
     return disturb
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [
-        5,
-        pytest.param(
-            20,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=TimeoutError,
-                reason="six deaths within a minute of each start end the run, however many frames each evaluator has answered in between",
-            ),
-        ),
-    ],
-)
 def test_four_trajectories_are_those_they_would_have_been(
-    kills: int, tmp_path: Path, start: Callable[..., Program], socket_name: Callable[[], str]
+    tmp_path: Path, start: Callable[..., Program], socket_name: Callable[[], str]
 ) -> None:
     """kill -9 of the evaluator under four engines of different size and dialect: every bit that each has seen is the same as without."""
     files = [write_template(tmp_path, size) for size in SIZES]
@@ -179,7 +166,7 @@ def test_four_trajectories_are_those_they_would_have_been(
         return start("serve", "-m", LJ, "--no-learn", "--quiet", *told, run=run)
 
     with listening(socket_name) as listeners:
-        stormy = moved(partial(begin, "stormy"), listeners, killing(kills))
+        stormy = moved(partial(begin, "stormy"), listeners, killing(KILLS))
     with listening(socket_name) as listeners:
         calm = moved(partial(begin, "calm"), listeners, lambda server, progress: None)
     assert [len(trajectory) for trajectory in calm] == [(STEPS + 1) * 8 * (1 + 6 * size) for size in SIZES]
