@@ -17,6 +17,7 @@ from tumbaga.online.records import Array, Frame, Members, Prediction
 from tumbaga.online.uncertainty import AtomScore, species_index
 
 BASE = 0
+_KIND = ("architecture", "hyper")  # of a potential's metadata: what its weights mean
 _PIECE = 2048  # atoms that the members are evaluated with at once
 Mix = tuple[int, int, float]
 
@@ -80,6 +81,11 @@ class Slot:
             raise VersionError(
                 str(path), f"has {layer.readout.size} readout weights; {self.potential.spec.name} has {self._trainable.spec.n_columns}"
             )
+        own = self._trainable.metadata
+        for key in (key for key in _KIND if key in own and layer.metadata.get(key) != own[key]):
+            # other elements, most often: as many weights mean something else there
+            told = f"is of another potential: its {key} is {layer.metadata.get(key, 'not told')}, that of {self.potential.spec.name} {own[key]}"
+            raise VersionError(str(path), told)
         self._put(version, layer.readout, layer.covariance)
         for old in set(self._readouts) - {version, BASE, *keep}:
             del self._readouts[old], self._scores[old], self._covariances[old]

@@ -87,7 +87,10 @@ class Trainable(Potential, Protocol):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """What a file of its tensors must say beside them, so that it can be loaded by itself."""
+        """What a file of its tensors must say beside them, so that it can be loaded by itself.
+
+        The values of "architecture" and "hyper" say what the weights mean: a version file with others is not served.
+        """
 
     def state(self, readout: Array | None = None) -> Mapping[str, np.ndarray]:
         """All tensors, for a version file (safetensors); with this readout, shape (n_columns,), eV, in place of its own if one is given."""

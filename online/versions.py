@@ -35,11 +35,13 @@ class LastLayer:
         readout: weights, shape (n_columns,), float64, eV.
         covariance: posterior covariance of the weights, shape (n_columns, n_columns), float64, eV^2.
         facts: number, parent, counts, errors: JSON-compatible.
+        metadata: of a file that was read, what the potential says of itself there.
     """
 
     readout: Array
     covariance: Array
     facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def read(path: Path) -> LastLayer:
     try:
         data = path.read_bytes()
         tensors = load_tensors(data)
-        facts = json.loads(_metadata(data).get(_FACTS, "{}"))
+        metadata = _metadata(data)
+        facts = json.loads(metadata.pop(_FACTS, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise VersionError(str(path), f"cannot be read ({error})") from error
     named = path.stem.rpartition("-")[2]
@@ -90,7 +93,7 @@ def read(path: Path) -> LastLayer:
     readout, covariance = tensors[_READOUT].astype(np.float64), tensors[_COVARIANCE].astype(np.float64)
     if covariance.shape != (readout.size, readout.size) or not (np.isfinite(readout).all() and np.isfinite(covariance).all()):
         raise VersionError(str(path), "holds a last layer of the wrong shape or with numbers that are not finite")
-    return LastLayer(readout, covariance, facts)
+    return LastLayer(readout, covariance, facts, metadata)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
