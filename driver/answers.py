@@ -48,7 +48,15 @@ def certainty(lpr: Array, scale: float | None, quantile: float) -> Certainty:
     return Certainty(scale * largest, atom, quantile * scale * largest, largest)
 
 
-def extras(version: str, mix: Mix, std: float, atom: int, work: float, committee: tuple[Members, Prediction] | None = None) -> bytes:
+def extras(
+    version: str,
+    mix: Mix,
+    std: float,
+    atom: int,
+    work: float,
+    committee: tuple[Members, Prediction] | None = None,
+    policy: str = "continue",
+) -> bytes:
     """Return the extras of one answer: the same keys in every answer, since an engine may ask for them by name.
 
     Args:
@@ -58,13 +66,14 @@ def extras(version: str, mix: Mix, std: float, atom: int, work: float, committee
         atom: its index.
         work: that swaps have done so far, eV.
         committee: what its members say and what is served, for i-PI's ffcommittee.
+        policy: how the answer came about; see `tumbaga.online.policy.Decision`.
     """
     told = {
         "tumbaga": {
             "version": version,
             "force_std": std,
             "force_std_atom": atom,
-            "policy": "continue",
+            "policy": policy,
             "ramp": 1.0 if mix.old == mix.new else mix.weight,
             "swap_work": work,
         },

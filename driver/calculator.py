@@ -132,7 +132,8 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
         frame = self._checked(_frame(self.atoms))
         if "stress" in properties and not frame.periodic:
             raise PropertyNotImplementedError("there is no stress: the atoms are not periodic (pbc is False in all directions)")
-        _refuse_unless_ok(guards.check_frame(frame))
+        if (finding := guards.check_frame(frame)).verdict is guards.Verdict.DEAD:
+            _refuse_unless_ok(finding)
         (answer,) = self._slot.answer([frame], [(self._number, self._number, 1.0)])
         prediction = answer.prediction
         _refuse_unless_ok(guards.check_prediction(prediction))

@@ -49,6 +49,13 @@ LabelOption = Annotated[
 ]
 LabelsOption = Annotated[int | None, typer.Option("--labels", metavar="N", help="Labels at most; 0 for none.")]
 NoLearnOption = Annotated[bool, typer.Option("--no-learn", help="Serve only: no labels, no updates.")]
+CriticalOption = Annotated[
+    configs.PolicyName | None,
+    typer.Option(
+        "--critical",
+        help="Frames far above the force error: answer now and label later, let the engine wait until the label is learnt, or end the session.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")]
 
 
@@ -64,6 +71,7 @@ def run(
     run_dir: RunDirOption = None,
     force_error: ErrorOption = None,
     label: LabelOption = None,
+    critical: CriticalOption = None,
     no_learn: NoLearnOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -85,7 +93,7 @@ def run(
         flag=configs.Flag(spacing=50),
         seed=seed,
     )
-    settings = _with(settings, force_error, label, labels, no_learn)
+    settings = _with(settings, force_error, label, labels, critical, no_learn)
     made = engines.make(engine, folder, str(EXAMPLES[example]), engines.Dynamics(steps, temperature, seed=seed))
     settings = msgspec.structs.replace(settings, serve=configs.Serve(connect=(made.address,)))
     _carry_out(folder, settings, made, steps, quiet)
@@ -128,6 +136,7 @@ def serve(
     no_learn: NoLearnOption = False,
     force_error: ErrorOption = None,
     label: LabelOption = None,
+    critical: CriticalOption = None,
     labels: LabelsOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
@@ -147,6 +156,8 @@ def serve(
         tumbaga serve -m painn:cuau-water -t beads.xyz -u -a pimd --connections 4
 
         tumbaga serve -m painn:cuau-water -t init.xyz -u -a spread --committee 8
+
+        tumbaga serve -m painn:cuau-water -t init.xyz -u -a careful --critical stall
 
         tumbaga serve -m toy:lj -t init.xyz --connect tcp:127.0.0.1:31415 --connect unix:second=other.xyz --no-learn
     """
@@ -176,7 +187,7 @@ def serve(
     if not connected.connect:
         raise ConfigError("serve", "needs an address: -u -a NAME for a unix socket, -a HOST -p PORT for tcp, or --connect")
     settings = msgspec.structs.replace(settings, potential=potential, serve=connected)
-    _carry_out(folder, _with(settings, force_error, label, labels, no_learn), None, None, quiet)
+    _carry_out(folder, _with(settings, force_error, label, labels, critical, no_learn), None, None, quiet)
 
 
 @app.command()
@@ -229,8 +240,15 @@ def doctor() -> None:
 # -- helpers ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _with(settings: configs.Config, force_error: float | None, label: str | None, labels: int | None, no_learn: bool) -> configs.Config:
-    flag, labelled, learn = settings.flag, settings.label, settings.learn
+def _with(
+    settings: configs.Config,
+    force_error: float | None,
+    label: str | None,
+    labels: int | None,
+    critical: configs.PolicyName | None,
+    no_learn: bool,
+) -> configs.Config:
+    flag, labelled, learn, policy = settings.flag, settings.label, settings.learn, settings.policy
     if force_error is not None:
         flag = msgspec.structs.replace(flag, force_error=force_error)
     if label is not None:
@@ -239,7 +257,9 @@ def _with(settings: configs.Config, force_error: float | None, label: str | None
         labelled = msgspec.structs.replace(labelled, budget=labels)
     if no_learn:
         learn = msgspec.structs.replace(learn, enabled=False)
-    return msgspec.structs.replace(settings, flag=flag, label=labelled, learn=learn)
+    if critical is not None:
+        policy = msgspec.structs.replace(policy, critical=critical)
+    return msgspec.structs.replace(settings, flag=flag, label=labelled, learn=learn, policy=policy)
 
 
 def _classic_address(unix: bool, address: str | None, port: int | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import tomli_w
@@ -12,6 +12,7 @@ import tomli_w
 from tumbaga.driver.errors import ConfigError
 
 FILE = "tumbaga.toml"
+PolicyName: TypeAlias = Literal["continue", "stall", "reject"]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -113,14 +114,31 @@ class Learn(_Section, frozen=True):
     ramp_pause: int = 500
 
 
+class Policy(_Section, frozen=True):
+    """What happens to frames that the potential is not sure of.
+
+    Attributes:
+        uncertain: above flag.force_error: "continue" (answer now, label later), "stall" (answer once the label is learnt) or "reject" (end
+            the session).
+        critical: the same above 2.5 times flag.force_error, or where a guard says that a frame does not follow from those before it; with
+            "stall", frames wait as well that no version can answer.
+        max_stall: seconds that a frame waits for its label at most; keep it below the engine's own time limit, if it has one.
+    """
+
+    uncertain: PolicyName = "continue"
+    critical: PolicyName = "continue"
+    max_stall: float = 1800.0
+
+
 class Config(_Section, frozen=True):
-    """A run: serve, potential, flag, label, learn, and the seed of everything random that tumbaga does."""
+    """A run: serve, potential, flag, label, learn, policy, and the seed of everything random that tumbaga does."""
 
     serve: Serve = Serve()
     potential: Potential = Potential()
     flag: Flag = Flag()
     label: Label = Label()
     learn: Learn = Learn()
+    policy: Policy = Policy()
     seed: int = 0
 
     def check(self) -> Config:
@@ -131,6 +149,12 @@ class Config(_Section, frozen=True):
         """
         _positive("flag.force_error", self.flag.force_error)
         _positive("label.time_limit", self.label.time_limit)
+        _positive("policy.max_stall", self.policy.max_stall)
+        for key, policy in (("policy.uncertain", self.policy.uncertain), ("policy.critical", self.policy.critical)):
+            if policy == "stall" and not self.learn.enabled:
+                raise ConfigError(
+                    key, "is stall, and nothing learns here, so that engines would wait for nothing; set it to continue or reject"
+                )
         _positive("serve.message_seconds", self.serve.message_seconds)
         _positive("serve.unread_seconds", self.serve.unread_seconds)
         if self.serve.committee == 1:

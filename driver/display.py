@@ -98,6 +98,7 @@ def summary(run_dir: Path, status: dict[str, Any], files: list[Path]) -> str:
     )
     if status["evaluator_restarts"]:
         lines.append(f"  the evaluator was restarted {status['evaluator_restarts']} times; no force call was lost")
+    lines += _waits(status)
     lines += _learning(run_dir, status)
     lines += [f"  ! {error}" for error in status["errors"][-5:]]
     lines += ["", "files", f"  {run_dir}/"]
@@ -105,6 +106,14 @@ def summary(run_dir: Path, status: dict[str, Any], files: list[Path]) -> str:
     lines += [f"    {path.relative_to(run_dir)}" for path in files]
     lines += ["", "next", f"  tumbaga status {run_dir}"]
     return "\n".join(lines)
+
+
+def _waits(status: dict[str, Any]) -> list[str]:
+    stalls = status["stalls"]
+    if not stalls["all"]:
+        return []
+    vain = f"; {stalls['in_vain']} of them in vain" if stalls["in_vain"] else ""
+    return [f"  {stalls['all']} frames waited for their labels, {stalls['longest_s']:.0f} s at most{vain}"]
 
 
 def _headline(status: dict[str, Any]) -> str:

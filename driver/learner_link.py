@@ -1,20 +1,17 @@
-"""The gateway's end of the line to the learner: picks the frames that go there, keeps them while it is away, and hears of new versions."""
+"""The gateway's end of the line to the learner: keeps the frames that go there while it is away, and hears of labels and new versions."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator
-from random import Random
+from collections.abc import Callable, Iterator
 
 import msgspec
+import numpy as np
 import zmq
 
-from tumbaga.driver import config as configs
-from tumbaga.driver.answers import Certainty
-from tumbaga.driver.pool import Outcome
-from tumbaga.driver.session import Session
-from tumbaga.online import flagging
-from tumbaga.online.records import Array
+from tumbaga.driver.firewall import Served
+from tumbaga.online.records import Array, Reason
 from tumbaga.socket_protocol import bus
 
 _MAX_UNSENT = 256  # candidates kept while the learner is away
@@ -25,14 +22,14 @@ class LearnerLink:
 
     Args:
         context: zmq.
-        settings: of the run.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], settings: configs.Config) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], clock: Callable[[], float]) -> None:
         self._socket = bus.Endpoint(context, zmq.ROUTER, bus.LEARNER, bind=True)
-        self._enabled = settings.learn.enabled
-        self._random = Random(settings.seed)
-        self._flag = flagging.Settings(settings.flag.force_error, settings.flag.audit_every, settings.flag.spacing)
+        self._clock = clock
+        self.heard_at = clock()
+        """When it last said anything, or might have begun to, s."""
         self._unsent: deque[tuple[bus.Candidate, list[Array]]] = deque(maxlen=_MAX_UNSENT)
         self.flags = 0
         self.stirred = True
@@ -53,17 +50,22 @@ class LearnerLink:
         """Candidates that the learner has not taken yet."""
         return len(self._unsent)
 
-    def consider(self, session: Session, step: int, sure: Certainty, outcome: Outcome) -> None:
-        """Look whether a frame that was served is worth a label; if so it goes to the learner."""
-        if not self._enabled or outcome.prediction is None:
-            return
-        session.flagger, reason = flagging.step(session.flagger, step, sure.score, self._flag, self._random.random())
-        if reason is None:
-            return
+    def flag(self, session: str, served: Served, reason: Reason, ticket: int = 0) -> None:
+        """A frame is worth a label: it goes to the learner.
+
+        Args:
+            session: name of its session.
+            served: the frame.
+            reason: why.
+            ticket: of the request, if its engine waits for the label.
+        """
         self.flags += 1
-        frame, served, version = outcome.job.frame, outcome.prediction, outcome.job.mix[1]
-        message = bus.Candidate(session.name, step, reason.value, sure.score or 0.0, sure.lpr, version, frame.periodic, served.energy)
-        self._unsent.append((message, [frame.numbers, frame.positions, frame.cell, served.forces]))  # type: ignore[list-item]
+        frame, said, version, sure = served.outcome.job.frame, served.outcome.prediction, served.outcome.job.mix[1], served.sure
+        # what was not fit to be served is nothing to hold a label against
+        energy, forces = (said.energy, said.forces) if said is not None and said.finite else (0.0, np.zeros((len(frame), 3)))
+        lpr = sure.lpr if math.isfinite(sure.lpr) else 0.0
+        message = bus.Candidate(session, served.step, reason.value, sure.score or 0.0, lpr, version, frame.periodic, energy, ticket)
+        self._unsent.append((message, [frame.numbers, frame.positions, frame.cell, forces]))  # type: ignore[list-item]
         self.send_candidates()
 
     def send_candidates(self) -> None:
@@ -77,14 +79,15 @@ class LearnerLink:
         self.stirred = True
         self._socket.send(message, to=bus.LEARNER)
 
-    def heard(self) -> Iterator[bus.Serve | str]:
-        """Yield all that it has sent: versions to serve, and a sentence for each message that could not be read."""
+    def heard(self) -> Iterator[bus.Serve | bus.Settled | str]:
+        """Yield all that it has sent: versions to serve, what became of labels, and a sentence for each message that could not be read."""
         while self._socket.waiting:
             try:
                 received = self._socket.receive()
             except msgspec.DecodeError as error:
                 yield f"a message of the learner could not be read: {error}"
                 continue
-            if received is not None and isinstance(message := received[1], bus.Serve):
+            if received is not None and isinstance(message := received[1], (bus.Serve, bus.Settled)):
+                self.heard_at = self._clock()
                 yield message
         self.stirred = False

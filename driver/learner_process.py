@@ -58,6 +58,7 @@ class LearnerProcess:
         self._noted: dict[str, Any] = {}  # of what serves, as it stands on disk
         self._resume()
         self._busy: dict[str, bus.WorkerBusy] = {}
+        self._awaited: dict[int, bus.Candidate] = {}  # frames whose engines wait for the label
         self._sent: set[int] = set()  # tasks that this process gave out; what an earlier one had on its way went down with it
         self.draining = False
         self._due = 0.0
@@ -139,6 +140,31 @@ class LearnerProcess:
         )
         if not known:
             self._tell_gateway()
+        if message.ticket:
+            self._wait_for(message, frame)
+
+    def _wait_for(self, message: bus.Candidate, frame: Frame) -> None:
+        """An engine waits for this frame's label. It is asked for again and again, so that nothing needs to be remembered over a restart."""
+        found = self._store.label_state(frame.key)
+        if found is None or found[1] == "dropped":
+            self._settle(message, "the frame was not taken for a label: the budget is spent, or nothing could be learnt from it")
+            return
+        if found[1] == "pending":
+            self._store.hurry(found[0])
+        self._awaited[found[0]] = message
+        self._settle_what_came()
+
+    def _settle_what_came(self) -> None:
+        """Tell the gateway of frames that an engine waits for and whose labels have ended; the version that knows them was told before."""
+        for frame_id, message in list(self._awaited.items()):
+            state = self._store.label_state(self._store.frame(frame_id).key)
+            if state is None or state[1] in ("pending", "running"):
+                continue
+            del self._awaited[frame_id]
+            self._settle(message, "" if state[1] == "labelled" else f"the label {state[1]}")
+
+    def _settle(self, message: bus.Candidate, problem: str) -> None:
+        self.gateway.send(bus.Settled(message.session, message.ticket, self._version, problem))
 
     def _now_serving(self, message: bus.NowServing) -> None:
         if message.error:
@@ -199,6 +225,8 @@ class LearnerProcess:
             path.unlink()
         if learnt:
             self._update()
+        if self._awaited:
+            self._settle_what_came()
 
     def _take(self, result: spool.Result) -> bool:
         """Store one result; True if there is something new to learn from."""

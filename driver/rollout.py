@@ -66,6 +66,10 @@ class Rollout:
         self._publish(message.version)
         return True
 
+    def awaited(self, version: int) -> bool:
+        """Whether a version is still to come: the learner wants it, and not every evaluator holds it."""
+        return version == self._target.version and version != self.serving
+
     def loaded(self, message: bus.Loaded) -> bool:
         """An evaluator has answered to a Load; return whether that version serves from now on."""
         if message.error:
@@ -98,7 +102,9 @@ class Rollout:
         used = {0, self._target.version}
         for session in self.sessions:
             ramp = session.ramp
-            used |= {ramp.serving, ramp.waiting or 0} | ({ramp.ramp.from_version, ramp.ramp.to_version} if ramp.ramp else set())
+            used |= {*session.good, ramp.serving, ramp.waiting or 0} | (
+                {ramp.ramp.from_version, ramp.ramp.to_version} if ramp.ramp else set()
+            )
         return used
 
 

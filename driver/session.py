@@ -9,10 +9,10 @@ from selectors import EVENT_WRITE
 from tumbaga.driver import units
 from tumbaga.driver.box import VacuumBox
 from tumbaga.driver.errors import ConfigError
+from tumbaga.driver.firewall import Memory
 from tumbaga.driver.species import Species, agreed, check_known
 from tumbaga.online.errors import BadFrameError
-from tumbaga.online.flagging import Flagger
-from tumbaga.online.guards import QUIET, Finding, Verdict
+from tumbaga.online.guards import QUIET, Finding
 from tumbaga.online.overlap import OverlapWatch
 from tumbaga.online.ramp import RampState
 from tumbaga.online.records import Frame, Prediction
@@ -116,7 +116,9 @@ class Session:
         self._size = 0  # configurations of the request under way, padding included; 0 for a single one
         self.waiting = False
         self.forces = 0  # requests answered in this conversation
-        self.flagger = Flagger()
+        self.memory = Memory()
+        self.geometry = QUIET  # what was found in the frames under way
+        self.good: tuple[int, ...] = ()  # the last two versions that have answered alone, the later one behind
         self._chatter, self._chatter_since = 0, 0.0
         self._partial_since = self._unread_since = 0.0
         self._sent = 0  # bytes, when the clock of unread answers was set
@@ -265,12 +267,19 @@ class Session:
         return Asked([self._frame(frame, self.species, self._boxes[index]) for index, frame in enumerate(frames)])
 
     def check(self, frames: Sequence[Frame]) -> Finding:
-        """Judge the geometry of what `Asked` had; returns the first finding that is not quiet."""
-        for watch, frame in zip(self._overlaps, frames, strict=False):
-            finding = watch.check(frame)
-            if finding.verdict is not Verdict.OK:
-                return finding
-        return QUIET
+        """Judge the geometry of what `Asked` had; returns the worst finding."""
+        found = [watch.check(frame) for watch, frame in zip(self._overlaps, frames, strict=False)]
+        self.geometry = found[0] if len(found) == 1 else max(found, key=lambda finding: finding.verdict, default=QUIET)
+        return self.geometry
+
+    def answered_by(self, version: int) -> None:
+        """A version has answered alone, and its answer was fit to be served."""
+        if not self.good or self.good[-1] != version:
+            self.good = (*self.good[-1:], version)
+
+    def last_good(self, but: int) -> int:
+        """The last version other than `but` that is known to do well here; the base where there is none."""
+        return next((version for version in reversed(self.good) if version != but), 0)
 
     @staticmethod
     def _frame(event: PosData, species: Species, box: VacuumBox) -> Frame:

@@ -249,12 +249,15 @@ class Supervisor:
             if isinstance(message, bus.Report):
                 self._reports[message.process] = message.state
                 if message.process == "gateway":
-                    self._kill_hung(message.state.get("busy", {}))
+                    self._heard_of_evaluators(message.state)
             elif isinstance(message, bus.LogLine):
                 self._log(message.process, message.level, message.event, **message.detail)
 
-    def _kill_hung(self, busy: dict[str, float]) -> None:
+    def _heard_of_evaluators(self, gateway: dict[str, Any]) -> None:
+        """Those that are at one batch for too long are killed; those that answered may die as often as they like: each time work was done."""
+        busy: dict[str, float] = gateway.get("busy", {})
         for child in self._children:
+            child.worked(gateway.get("answered", {}).get(child.name, 0))
             if child.pid is not None and busy.get(str(child.pid), 0.0) > _HUNG_S:
                 self._log(child.name, "error", "hung", seconds=busy[str(child.pid)])
                 child.signal(signal.SIGKILL)
@@ -302,6 +305,8 @@ class Supervisor:
             "evaluator_restarts": sum(count for name, count in restarts.items() if name.startswith("evaluator-")),
             "batch_atoms": gateway.get("batch_atoms", 0),
             "out_of_memory": gateway.get("out_of_memory", 0),
+            "evaluated_again": gateway.get("evaluated_again", 0),
+            "stalls": gateway.get("stalls", {"now": 0, "all": 0, "in_vain": 0, "longest_s": 0.0}),
             "restarts": restarts,
             "errors": [*self._errors, *gateway.get("errors", [])],
             "pids": {child.name: child.pid for child in self._children},

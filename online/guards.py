@@ -1,6 +1,6 @@
 """The cheap guards: is a frame something a potential may be asked about, and may its prediction be served? Pure numpy; knows no policy.
 
-Only what a gateway needs on every step from the first one on: absolute limits, no running statistics.
+Absolute limits, from the first step on; `sequence` has those that learn from a run what is usual in it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from tumbaga.online.records import Array, Frame, Prediction
 
 OVERLAP_RATIO = 0.3  # of the sum of covalent radii: nearer pairs are inside each other's cores, no label of them is of use
+CLOSE_RATIO = 0.55  # nearer pairs are met in no run that goes well
 MAX_FORCE = 1000.0  # eV/Å: no thermostat survives one step with it
 _FEW = 400  # atoms up to which a table of all pairs is fastest
 _BLOCK = 512  # rows of the distance table held at once, so that large frames need little memory
@@ -42,8 +43,9 @@ class Verdict(enum.IntEnum):
     """How bad a finding is; the larger, the worse."""
 
     OK = 0
-    CRIT = 1  # this prediction must not be served; another version may do better
-    DEAD = 2  # never answer with numbers
+    WARN = 1  # unusual: worth a label
+    CRIT = 2  # another version may do better, or the frame does not follow from those before it
+    DEAD = 3  # never answer with numbers
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,16 @@ def check_numbers(positions: npt.ArrayLike, cell: npt.ArrayLike) -> Finding:
     return QUIET
 
 
-def check_frame(frame: Frame, overlap: float = OVERLAP_RATIO) -> Finding:
-    """Judge the geometry: DEAD if any pair is nearer than `overlap` times the sum of its covalent radii."""
-    if not any_pair_within(frame, 0.0, overlap):
+def check_frame(frame: Frame) -> Finding:
+    """Judge the geometry: DEAD if any pair is nearer than OVERLAP_RATIO times the sum of its covalent radii, CRIT below CLOSE_RATIO."""
+    if not any_pair_within(frame, 0.0):
         return QUIET
     ratio, first, second = closest_pair(frame)
-    if ratio >= overlap:
+    if ratio >= CLOSE_RATIO:
         return QUIET
+    verdict, limit = (Verdict.DEAD, OVERLAP_RATIO) if ratio < OVERLAP_RATIO else (Verdict.CRIT, CLOSE_RATIO)
     radii = COVALENT_RADII[frame.numbers[first]] + COVALENT_RADII[frame.numbers[second]]
-    return Finding(Verdict.DEAD, f"atoms {first} and {second} are {ratio * radii:.3f} Å apart, less than {overlap} of their covalent radii")
+    return Finding(verdict, f"atoms {first} and {second} are {ratio * radii:.3f} Å apart, less than {limit} of their covalent radii")
 
 
 def check_prediction(prediction: Prediction, max_force: float = MAX_FORCE) -> Finding:
@@ -109,7 +112,7 @@ def _largest_radius(numbers: bytes) -> float:
     return float(COVALENT_RADII[np.frombuffer(numbers, np.int64)].max())
 
 
-def any_pair_within(frame: Frame, extra: float, overlap: float = OVERLAP_RATIO) -> bool:
+def any_pair_within(frame: Frame, extra: float, overlap: float = CLOSE_RATIO) -> bool:
     """Whether any pair is nearer than `overlap` times the sum of its covalent radii and `extra` (Å) more; cheap where, as usual, none is."""
     most = overlap * 2.0 * _largest_radius(frame.numbers.tobytes()) + extra
     if frame.periodic or len(frame) > _FEW:

@@ -116,7 +116,8 @@ class Learner:
             energy: what was served, eV.
             forces: what was served, shape (n_atoms, 3), eV/Å.
         """
-        if self.scale.known and sum(self._store.queued_by_role().values()) >= self._limits.budget:
+        waits = reason is Reason.STALLED
+        if (self.scale.known or waits) and sum(self._store.queued_by_role().values()) >= self._limits.budget:
             return False  # nothing can come of it, and a run of weeks would fill the disk with frames
         frame_id = self._store.add_flag(
             frame, session=session, step=step, reason=reason, score=score, version=version, energy=energy, forces=forces

@@ -161,6 +161,9 @@ class Reason(enum.Enum):
     INITIAL = "initial"  # a session's first frame: a level-of-theory error is invisible to the uncertainty, so start with the truth
     UNCERTAIN = "uncertain"  # the force uncertainty passed the user's threshold
     AUDIT = "audit"  # picked at random; held out to judge the potential
+    GUARD = "guard"  # a guard saw something unusual
+    STALLED = "stalled"  # an engine waits for this label
+    PRECURSOR = "precursor"  # one of the last good frames before a session had to be ended
 
 
 class Role(enum.Enum):

@@ -61,13 +61,16 @@ def admit(reason: Reason, score: float, queued: Sequence[Queued], by_role: Mappi
     if len(queued) < limits.queue:
         return Admission(role)
     least = min((q for q in queued if q.reason is Reason.UNCERTAIN), key=lambda q: q.priority, default=None)
+    if reason is Reason.STALLED:
+        return Admission(role, replaces=None if least is None else least.frame)
     if least is None or (reason is Reason.UNCERTAIN and least.priority >= score):
         return Admission(None, "the queue is full of more uncertain frames")
     return Admission(role, replaces=least.frame)
 
 
 def next_frame(queued: Sequence[Queued], started: Mapping[Role, int]) -> Queued | None:
-    """Choose what is labelled next, and what for: what was begun before, first frames, then the most uncertain; every fourth is held out.
+    """Choose what is labelled next, and what for: frames that an engine waits for, what was begun before, first frames, then the most
+    uncertain; every fourth is held out.
 
     Held out is an audit if one waits, else the newest uncertain frame: it shows how the potential does where the run is now, and its score
     did not choose it. The role is given here, when the label is started, and never changes.
@@ -78,7 +81,8 @@ def next_frame(queued: Sequence[Queued], started: Mapping[Role, int]) -> Queued 
     """
     if not queued:
         return None
-    first = [q for q in queued if q.tried] or [q for q in queued if q.reason is Reason.INITIAL]
+    first = [q for q in queued if q.reason is Reason.STALLED] or [q for q in queued if q.tried]
+    first = first or [q for q in queued if q.reason is Reason.INITIAL]
     if first:
         return first[0]
     held_out = [q for q in queued if q.role is Role.HOLDOUT]

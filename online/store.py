@@ -214,6 +214,22 @@ class Store:
         """Whether a frame is queued, running, labelled or failed: then `enqueue` would not take it."""
         return self._db.execute("SELECT 1 FROM queue WHERE frame = ? AND state != 'dropped'", (frame_id,)).fetchone() is not None
 
+    def label_state(self, key: str) -> tuple[int, str] | None:
+        """Where the label of a frame stands, as (frame id, "pending", "running", "labelled", "failed" or "dropped"); None if it was not taken.
+
+        Args:
+            key: of the frame.
+        """
+        row = self._db.execute(
+            "SELECT queue.frame, state FROM queue JOIN frames ON frames.id = queue.frame WHERE key = ?", (key,)
+        ).fetchone()
+        return None if row is None else (int(row[0]), str(row[1]))
+
+    def hurry(self, frame_id: int) -> None:
+        """An engine waits for the label of a frame that is queued already: it comes next."""
+        with self._write():
+            self._db.execute("UPDATE queue SET reason = ? WHERE frame = ? AND state = 'pending'", (Reason.STALLED.value, frame_id))
+
     def drop(self, frame_id: int, note: str) -> None:
         """Take a waiting frame off the queue; it stays in the store with the reason."""
         with self._write():

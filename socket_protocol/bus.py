@@ -91,7 +91,10 @@ class Evaluated(Message, frozen=True, tag=True, array_like=True):
 
 
 class Candidate(Message, frozen=True, tag=True, array_like=True):
-    """A frame worth a look, with what was served. Buffers: numbers int64, positions float64 Å, cell float64 Å, forces float64 eV/Å."""
+    """A frame worth a look, with what was served. Buffers: numbers int64, positions float64 Å, cell float64 Å, forces float64 eV/Å.
+
+    With a `ticket` its engine waits for the label: it is sent again every few seconds until `Settled` says what became of it.
+    """
 
     session: str
     step: int
@@ -101,6 +104,16 @@ class Candidate(Message, frozen=True, tag=True, array_like=True):
     version: int
     periodic: bool
     energy: float  # eV
+    ticket: int = 0
+
+
+class Settled(Message, frozen=True, tag=True, array_like=True):
+    """The frame that a session waits for has its label and `version` knows it; or `problem` says why there will be none."""
+
+    session: str
+    ticket: int
+    version: int
+    problem: str = ""
 
 
 class Serve(Message, frozen=True, tag=True, array_like=True):
@@ -174,6 +187,7 @@ AnyMessage = (
     | Evaluate
     | Evaluated
     | Candidate
+    | Settled
     | Serve
     | NowServing
     | WorkerIdle

@@ -48,6 +48,7 @@ def status(**changes: Any) -> dict[str, Any]:
         "quantile": 2.0,
         "force_rmse": {"holdout_rmse_base": 0.5, "holdout_rmse": 0.1, "train_rmse_base": None, "train_rmse": None},
         "workers": {},
+        "stalls": {"now": 0, "all": 0, "in_vain": 0, "longest_s": 0.0},
         "evaluator_restarts": 0,
         "restarts": {"gateway": 0, "evaluator-0": 0},
         "errors": [],

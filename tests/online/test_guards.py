@@ -23,8 +23,10 @@ def test_radii_are_the_published_ones() -> None:
 
 
 def test_overlapping_atoms_are_dead() -> None:
-    """0.3 of the covalent radii (0.97 Å for OH) is the limit, and the sentence names the pair and the distance."""
-    assert check_frame(dimer(0.97 * 0.31)).verdict is Verdict.OK
+    """0.3 of the covalent radii (0.97 Å for OH) is the limit, 0.55 the one to doubt, and the sentence names the pair and the distance."""
+    assert check_frame(dimer(0.97 * 0.56)).verdict is Verdict.OK
+    assert check_frame(dimer(0.97 * 0.54)).verdict is Verdict.CRIT
+    assert check_frame(dimer(0.97 * 0.31)).verdict is Verdict.CRIT
     found = check_frame(dimer(0.97 * 0.29))
     assert found.verdict is Verdict.DEAD
     assert "atoms 0 and 1 are 0.281 Å apart" in found.sentence
@@ -90,11 +92,14 @@ def test_the_quick_look_finds_what_a_look_at_every_pair_finds(rng: np.random.Gen
         numbers = rng.choice([1, 8, 29, 79], size=n_atoms)
         one, other = rng.choice(n_atoms, 2, replace=False)
         direction = rng.normal(size=3)
-        distance = rng.uniform(0.25, 0.35) * (COVALENT_RADII[numbers[one]] + COVALENT_RADII[numbers[other]])
+        distance = rng.uniform(*((0.25, 0.35) if rng.random() < 0.5 else (0.5, 0.6))) * (
+            COVALENT_RADII[numbers[one]] + COVALENT_RADII[numbers[other]]
+        )
         positions[other] = positions[one] + distance * direction / np.linalg.norm(direction)
         positions[other] += rng.integers(-2, 3, size=3) @ cell if periodic else 0.0
         frame = Frame(numbers, positions, cell if periodic else np.zeros((3, 3)), periodic)
         verdict = check_frame(frame).verdict
-        assert (verdict is Verdict.DEAD) == (closest_pair(frame)[0] < 0.3)
+        ratio = closest_pair(frame)[0]
+        assert verdict is (Verdict.DEAD if ratio < 0.3 else Verdict.CRIT if ratio < 0.55 else Verdict.OK)
         found.add(verdict)
-    assert found == {Verdict.OK, Verdict.DEAD}
+    assert found == {Verdict.OK, Verdict.CRIT, Verdict.DEAD}

@@ -15,7 +15,7 @@ NUMBERS = np.array([29, 79, 8, 1, 1, 29])
 
 def walk(rng: np.random.Generator, cell: np.ndarray | None, steps: int, stride: float) -> list[Frame]:
     """A random walk from a loose start: atoms come near each other again and again."""
-    positions = rng.uniform(0.0, 3.0, size=(len(NUMBERS), 3))
+    positions = rng.uniform(0.0, 4.0, size=(len(NUMBERS), 3))
     frames = []
     for _ in range(steps):
         positions = positions + rng.normal(scale=stride, size=positions.shape)
@@ -27,7 +27,7 @@ def walk(rng: np.random.Generator, cell: np.ndarray | None, steps: int, stride: 
 @pytest.mark.parametrize("stride", [0.002, 0.03, 0.5])
 def test_the_verdicts_are_those_of_single_frames(periodic: bool, stride: float) -> None:
     verdicts = set()
-    for seed in range(8):
+    for seed in range(12):
         rng = np.random.default_rng(seed)
         watch = OverlapWatch()
         cell = np.diag([6.0, 7.0, 8.0]) + 0.3 * rng.normal(size=(3, 3)) if periodic else None
