@@ -13,7 +13,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ase.data import chemical_symbols
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tumbaga.driver.backends.flat import DTYPES, Graph, UnknownElementError, chosen_device, flattened, scattered, species_table
 from tumbaga.driver.backends.painn_lists import Lists
 from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.backends.painn_pairs import Core
@@ -28,41 +29,13 @@ from tumbaga.driver.backends.painn_rows import feature_jacobian
 from tumbaga.driver.backends.painn_step import Step
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import ForceRows, PotentialSpec
-from tumbaga.online.records import Array, Frame, Ints, Prediction
+from tumbaga.online.records import Array, Frame, Prediction
+
+__all__ = ["ARCHITECTURE", "DATA", "PaiNN", "UnknownElementError", "load", "load_backend"]
 
 ARCHITECTURE: Final = "tumbaga-painn-1"
 DATA: Final = Path(__file__).parent.parent / "data"
-_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
 _READOUT, _REFERENCE = "readout", "reference"  # the tensors outside the network, float64
-
-
-class UnknownElementError(PotentialError):
-    """A frame holds an element that the potential was never trained on."""
-
-    def __init__(self, name: str, number: int, known: tuple[int, ...]) -> None:
-        super().__init__(name, f"it does not know {chemical_symbols[number]}; it knows {', '.join(chemical_symbols[z] for z in known)}")
-        self.args = (name, number, known)  # facts, so that the error stays picklable
-
-
-class Graph(NamedTuple):
-    """Frames as one flat batch; pairs of a frame stand together, frames in order.
-
-    Attributes:
-        species: of all atoms, shape (n_atoms,).
-        frame_of: frame of each atom, shape (n_atoms,).
-        first, second: rows of `species`, shape (n_pairs,).
-        vectors: shape (n_pairs, 3), float64, Å.
-        atoms: where the atoms of each frame start, and their end; shape (n_frames + 1,).
-        edges: the same for pairs.
-    """
-
-    species: Ints
-    frame_of: Ints
-    first: Ints
-    second: Ints
-    vectors: Array
-    atoms: Ints
-    edges: Ints
 
 
 class PaiNN:
@@ -83,12 +56,12 @@ class PaiNN:
     def __init__(
         self, name: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], device: str = "cpu", dtype: str = "float32"
     ) -> None:
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise PotentialError(name, f"dtype {dtype!r} is not float32 or float64")
         self._metadata = dict(metadata)
         self.hyper, facts = _declared(name, metadata)
-        self._device = _device(name, device)
-        self._dtype, self._dtype_name = _DTYPES[dtype], dtype
+        self._device = chosen_device(name, device)
+        self._dtype, self._dtype_name = DTYPES[dtype], dtype
         elements = self.hyper.elements
         self.spec = PotentialSpec(
             name=name,
@@ -103,8 +76,7 @@ class PaiNN:
         self._reference = _outside(name, tensors, _REFERENCE, len(elements))
         self._core = Core(elements)
         self._lists = Lists(self.hyper.cutoff)
-        self._species_of = np.full(119, -1, dtype=np.int64)
-        self._species_of[list(elements)] = np.arange(len(elements))
+        self._species_of = species_table(elements)
         self._step = Step(self._network) if self._device.type == "cpu" else None
         self._exact: Network | None = None
 
@@ -132,7 +104,7 @@ class PaiNN:
         features, gradients = self._run(graph, weights)
         core, core_gradients = self._core(graph.species[graph.first], graph.species[graph.second], graph.vectors)
         gradients += core_gradients
-        forces = _scattered(graph, gradients)
+        forces = scattered(graph, gradients)
         energies = (features * weights).sum(axis=1) + self._reference[graph.species]
         found = []
         for k in range(len(frames)):
@@ -161,7 +133,7 @@ class PaiNN:
             rows[:, one] = -slopes[:, graph.species == one].sum(axis=1).reshape(-1, width)
         core, core_gradients = self._core(graph.species[graph.first], graph.species[graph.second], graph.vectors)
         fixed = float(self._reference[graph.species].sum() + core.sum())
-        return ForceRows(phi.reshape(-1), rows.reshape(len(rows), -1), fixed, _scattered(graph, core_gradients))
+        return ForceRows(phi.reshape(-1), rows.reshape(len(rows), -1), fixed, scattered(graph, core_gradients))
 
     def state(self, readout: Array | None = None) -> dict[str, np.ndarray]:
         """All tensors by name: the network's in the dtype they run in, "readout" (its own or the given one) and "reference" in float64; copies."""
@@ -177,21 +149,7 @@ class PaiNN:
         return PaiNN(self.spec.name, tensors, self._metadata, str(self._device), self._dtype_name)
 
     def _graph(self, frames: Sequence[Frame]) -> Graph:
-        found = [self._lists.pairs(frame) for frame in frames]
-        atoms = np.cumsum([0] + [len(frame) for frame in frames])
-        numbers = np.concatenate([frame.numbers for frame in frames])
-        species = self._species_of[numbers]
-        if species.min() < 0:
-            raise UnknownElementError(self.spec.name, int(numbers[species < 0][0]), self.hyper.elements)
-        return Graph(
-            species=species,
-            frame_of=np.repeat(np.arange(len(frames)), np.diff(atoms)),
-            first=np.concatenate([p.first + start for p, start in zip(found, atoms[:-1], strict=True)]),
-            second=np.concatenate([p.second + start for p, start in zip(found, atoms[:-1], strict=True)]),
-            vectors=np.concatenate([p.vectors for p in found]),
-            atoms=atoms,
-            edges=np.cumsum([0] + [len(p.first) for p in found]),
-        )
+        return flattened(self.spec.name, self.hyper.elements, self._species_of, self._lists, frames)
 
     def _tensors(self, graph: Graph, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # torch.tensor copies into aligned memory: with unaligned borrowed memory the last bits may differ from process to process
@@ -219,20 +177,6 @@ class PaiNN:
         vectors, first, second, species = self._tensors(graph, torch.float64)
         features, slopes = feature_jacobian(self._exact, vectors, first, second, species)
         return _numpy(features), _numpy(slopes)
-
-
-def _device(name: str, device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        told = str(error).splitlines()[0]
-        raise PotentialError(
-            name, f"cannot run on device {device!r} ({told:.120}); choose auto, cpu, or cuda on a machine that has it"
-        ) from error
-    return found
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32") -> PaiNN:
@@ -292,16 +236,6 @@ def _outside(name: str, tensors: Mapping[str, np.ndarray], key: str, size: int) 
     if key not in tensors or tensors[key].shape != (size,):
         raise PotentialError(name, f"the file lacks the tensor {key!r} of {size} numbers")
     return np.array(tensors[key], dtype=np.float64)
-
-
-def _scattered(graph: Graph, gradients: Array) -> Array:
-    """Forces of all atoms from dE/dvectors: what `first` gains `second` loses, so the net force is zero to rounding."""
-
-    def summed(atoms: Ints) -> Array:
-        places = (3 * atoms[:, None] + np.arange(3)).ravel()
-        return np.asarray(np.bincount(places, gradients.ravel(), 3 * len(graph.species)), dtype=np.float64).reshape(-1, 3)
-
-    return summed(graph.first) - summed(graph.second)
 
 
 def _numpy(tensor: Tensor) -> Array:
