@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from tumbaga.driver.backends import sevennet_files
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import Potential
 
@@ -14,6 +15,7 @@ Loader = Callable[[str, str, str], Potential]  # (rest of the name, device, dtyp
 
 KINDS: Final = {
     "painn": "tumbaga.driver.backends.painn:load_backend",
+    "sevennet": "tumbaga.driver.backends.sevennet:load_backend",
     "toy": "tumbaga.driver.backends.toy:load_backend",
 }
 PACKAGED: Final = {"painn:cuau-water": Path(__file__).parent.parent / "data" / "cuau-water.safetensors"}
@@ -36,7 +38,7 @@ def loader(name: str) -> tuple[Loader, str]:
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32") -> Potential:
-    """Load a potential by name, e.g. "painn:cuau-water", "painn:/path/to/weights.safetensors", "toy:lj?epsilon=0.01".
+    """Load a potential by name, e.g. "painn:cuau-water", "painn:/path/to/weights.safetensors", "sevennet:7net-0", "toy:lj?epsilon=0.01".
 
     Raises:
         PotentialError: no such kind, file or option; the sentence says which are known.
@@ -49,13 +51,15 @@ def weights_file(name: str) -> Path | None:
     """The weights file behind a name, for the record of a run; None for potentials without one. Imports no back end but the toys.
 
     Raises:
-        PotentialError: the name is of no known kind, its file does not exist, or it is a toy that there is not.
+        PotentialError: the name is of no known kind, its file does not exist, it is a toy that there is not, or its package is not installed.
     """
     kind, _, rest = name.partition(":")
     if kind not in KINDS:
         loader(name)
     if name in PACKAGED:
         return PACKAGED[name]
+    if kind == "sevennet":
+        return sevennet_files.wanted(rest).path
     if kind != "painn":
         load(name)  # nothing else could tell a misspelt toy before the processes are started
         return None
@@ -69,6 +73,8 @@ def weights_file(name: str) -> Path | None:
 def absolute(name: str) -> str:
     """Return the name with the full path of its file, if it names one: other processes work in other folders."""
     kind, _, rest = name.partition(":")
+    if kind == "sevennet":
+        return f"{kind}:{sevennet_files.absolute(rest)}"
     if kind == "painn" and name not in PACKAGED and Path(rest).is_file():
         return f"{kind}:{Path(rest).absolute()}"
     return name

@@ -16,7 +16,7 @@ from tumbaga.driver.errors import PotentialError
 def test_an_unknown_potential_is_a_sentence(name: str) -> None:
     """A name of no known kind is refused by both doors, with the kinds that are known."""
     for ask in (registry.load, registry.weights_file):
-        with pytest.raises(PotentialError, match="known are painn, toy"):
+        with pytest.raises(PotentialError, match="known are painn, sevennet, toy"):
             ask(name)
 
 
