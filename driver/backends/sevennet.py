@@ -24,7 +24,7 @@ from torch import Tensor
 from tumbaga.driver.backends.flat import DTYPES, Graph, chosen_device, flattened, scattered, species_table
 from tumbaga.driver.backends.painn_lists import Lists
 from tumbaga.driver.backends.sevennet_files import wanted
-from tumbaga.driver.backends.sevennet_parts import ARCHITECTURE, READOUT, REFERENCE, Parts, taken_apart
+from tumbaga.driver.backends.sevennet_parts import ARCHITECTURE, READOUT, REFERENCE, Parts, quiet, taken_apart
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import ForceRows, PotentialSpec
 from tumbaga.online.records import Array, Frame, Prediction
@@ -161,7 +161,8 @@ class SevenNet:
         if not n_pairs:
             return _numpy(features(vectors)), np.zeros((3 * n_atoms, n_atoms, self._width))
         tangents = torch.tensor(_tangents(graph), dtype=self._dtype, device=self._device)
-        slopes = torch.func.vmap(slope, chunk_size=max(1, _PAIRS // n_pairs))(tangents)
+        with quiet():
+            slopes = torch.func.vmap(slope, chunk_size=max(1, _PAIRS // n_pairs))(tangents)
         return _numpy(features(vectors)), _numpy(slopes)
 
 

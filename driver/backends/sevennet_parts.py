@@ -65,7 +65,7 @@ def taken_apart(asked: Wanted) -> tuple[Parts, bool]:
         PotentialError: the file is damaged or something else, or the model cannot be taken apart; the sentence says which.
     """
     version = asked.path.suffix == ".safetensors"
-    with _quiet():
+    with quiet():
         return (_of_version(asked) if version else _of_checkpoint(asked)), version or bool(asked.elements)
 
 
@@ -178,8 +178,8 @@ def _array_globals() -> list[Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nobody here can mend what the package warns of when it is imported and a model is built."""
+def quiet() -> Iterator[None]:
+    """Keep warnings back: nobody here can mend what the package, and torch on its behalf, call outdated or slow."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
