@@ -6,13 +6,15 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# SevenNet does not go together with other guests: an environment of its own
+GUEST  := .venv-sevennet
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test fast lint help clean
+.PHONY: demo test fast lint sevennet help clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/installed  ## install, then an i-PI run of a Cu-Au/water cluster that learns while it runs (a few minutes)
 	@echo "== tumbaga run cuau-water"
@@ -34,6 +36,10 @@ lint: $(VENV)/installed-dev  ## lint, types, import contracts
 	@echo "== import contracts"
 	$(BIN)/lint-imports
 
+sevennet: $(GUEST)/installed  ## the tests of the SevenNet back end, in an environment of its own
+	@echo "== tests of the SevenNet back end"
+	$(GUEST)/bin/pytest -q tests/driver/test_sevennet.py
+
 $(BIN)/python:
 	@echo "== environment in $(VENV)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tumbaga needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -49,5 +55,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --progress-bar off -q -c constraints.txt -e '.[dev,xtb]'
 	@touch $@
 
-clean:  ## remove the environment and everything built
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+$(GUEST)/installed: $(VENV)/installed
+	@echo "== environment in $(GUEST)"
+	$(BIN)/python benchmarks/embedded.py --setup
+	$(GUEST)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt -e '.[sevennet]' pytest pytest-timeout psutil
+	@touch $@
+
+clean:  ## remove the environments and everything built
+	rm -rf $(VENV) $(GUEST) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
