@@ -1,4 +1,4 @@
-"""Toy potentials with exact answers: "toy:zero", "toy:lj", and "toy:nan" that fails on purpose. To check a set-up, and for tests.
+"""Toy potentials with exact answers: "toy:zero", "toy:lj", and "toy:nan" and "toy:hungry" that fail on purpose. To check a set-up, and for tests.
 
 Options follow a question mark: "toy:lj?epsilon=0.0104&sigma=3.4" (eV, Å), "toy:nan?after=20&every=0".
 """
@@ -6,7 +6,9 @@ Options follow a question mark: "toy:lj?epsilon=0.0104&sigma=3.4" (eV, Å), "toy
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -92,10 +94,38 @@ class NotANumber(LennardJones):
         return [Prediction(np.nan, p.forces, p.virial) for p in good]
 
 
+class Hungry(LennardJones):
+    """A Lennard-Jones potential that needs memory in proportion to the atoms of a batch, in a process that may not have much of it.
+
+    Args:
+        need: MB an atom of the batch, which are taken for as long as the evaluation lasts.
+        limit: MB that this process may take beside what it has at the first evaluation (RLIMIT_AS); 0 leaves it alone.
+        epsilon: well depth, eV.
+        sigma: distance of zero energy, Å.
+    """
+
+    def __init__(self, need: int = 10, limit: int = 0, epsilon: float = 0.0104, sigma: float = 3.4) -> None:
+        super().__init__(epsilon, sigma)
+        self._need, self._limit = need * 1_000_000, limit * 1_000_000
+        self.spec = PotentialSpec(name=f"toy:hungry?need={need}&limit={limit}", elements=(), cutoff=np.inf, level="exact")
+
+    def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
+        """Exact energies and forces, or a MemoryError: so large a piece comes from the system, whatever the allocator has in hand."""
+        if self._limit:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + self._limit, resource.RLIM_INFINITY))
+            self._limit = 0
+        piece = np.ones(self._need * sum(len(frame) for frame in frames), dtype=np.uint8)
+        found = super().predict(frames)
+        del piece
+        return found
+
+
 _Toy = Zero | LennardJones
 _TOYS: dict[str, tuple[Callable[..., _Toy], dict[str, type[float | int]]]] = {
     "zero": (Zero, {}),
     "lj": (LennardJones, {"epsilon": float, "sigma": float}),
+    "hungry": (Hungry, {"need": int, "limit": int, "epsilon": float, "sigma": float}),
     "nan": (NotANumber, {"after": int, "every": int, "epsilon": float, "sigma": float}),
 }
 

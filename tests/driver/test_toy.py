@@ -50,7 +50,7 @@ def test_the_broken_toy_breaks_at_once_by_default() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("toy:spring", "there is no toy 'spring'; known are zero, lj, nan"),
+        ("toy:spring", "there is no toy 'spring'; known are zero, lj, hungry, nan"),
         ("toy:lj?epsilom=1", "has no option 'epsilom'; known are epsilon, sigma"),
         ("toy:zero?epsilon=1", "has no option 'epsilon'; known are none"),
         ("toy:lj?sigma=wide", "option sigma is 'wide', not a number"),
