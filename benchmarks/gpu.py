@@ -129,9 +129,10 @@ def differences(who: str, dtype: str, potential: PaiNN, reference: Sequence[Pred
     return Differences(
         who,
         dtype,
-        max(float(np.abs(one.forces - true.forces).max()) for _, one, true in pairs),
-        max(abs(one.energy - true.energy) / len(frame) for frame, one, true in pairs),
-        max(float(np.abs(one.virial - true.virial).max()) for _, one, true in pairs),
+        # numpy's maximum: unlike Python's it does not overlook what is not a number
+        float(np.max([np.abs(one.forces - true.forces).max() for _, one, true in pairs])),
+        float(np.max([abs(one.energy - true.energy) / len(frame) for frame, one, true in pairs])),
+        float(np.max([np.abs(one.virial - true.virial).max() for _, one, true in pairs])),
     )
 
 
