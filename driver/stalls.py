@@ -106,6 +106,10 @@ class Stalls:
         stall.waited = waited
         self.in_vain += waited is Waited.IN_VAIN
 
+    def summary(self) -> dict[str, float]:
+        """For `status`."""
+        return {"now": len(self), "all": self.begun, "in_vain": self.in_vain, "longest_s": self.longest_s}
+
     def forget(self, session: str, now: float) -> None:
         """The request was answered, or its engine has left."""
         if (found := self._by_session.pop(session, None)) is not None:
