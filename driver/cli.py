@@ -132,6 +132,9 @@ def serve(
             help="Put K members, drawn from what is known of the last layer, into the extras, for i-PI's ffcommittee; 0 for none.",
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, or several: cuda:0,cuda:1 makes two evaluators.")
+    ] = None,
     run_dir: RunDirOption = None,
     no_learn: NoLearnOption = False,
     force_error: ErrorOption = None,
@@ -174,7 +177,9 @@ def serve(
     potential = settings.potential
     if template is not None:
         potential = msgspec.structs.replace(potential, template=str(template.absolute()))
-    potential = msgspec.structs.replace(potential, model=registry.absolute(model) if model else potential.model)
+    potential = msgspec.structs.replace(
+        potential, model=registry.absolute(model) if model else potential.model, device=device or potential.device
+    )
     connected = settings.serve
     if addresses:
         templates = {text: str(Path(file).absolute()) for text, _, file in given if file}

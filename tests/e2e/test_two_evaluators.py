@@ -11,7 +11,6 @@ import pytest
 from ase.cluster import Icosahedron
 from ase.io import write
 
-from tumbaga.driver import config as configs
 from tumbaga.driver import units
 from tumbaga.driver.backends import registry
 from tumbaga.driver.testing import Program
@@ -50,13 +49,11 @@ def expected(seed: int) -> np.ndarray:
 
 
 def test_two_evaluators_share_the_work_and_stand_in_for_each_other(start: Callable[..., Program], tmp_path: Path) -> None:
-    (tmp_path / "two").mkdir()
-    settings = configs.Config(potential=configs.Potential(model=MODEL, device="cpu, cpu"), learn=configs.Learn(enabled=False))
-    (tmp_path / "two" / configs.FILE).write_text(configs.dumps(settings))
     write(tmp_path / "t.xyz", Icosahedron("Cu", 2))
     names = [str(tmp_path / f"s{index}") for index in range(ENGINES)]
     listeners = [listen(Address.unix(name)) for name in names]
-    program = start("serve", "-t", str(tmp_path / "t.xyz"), *[part for name in names for part in ("--connect", f"unix:{name}")], run="two")
+    where = [part for name in names for part in ("--connect", f"unix:{name}")]
+    program = start("serve", "-m", MODEL, "--device", "cpu, cpu", "--no-learn", "-t", str(tmp_path / "t.xyz"), *where)
     found: dict[int, np.ndarray] = {}
     engines = [threading.Thread(target=relax, args=(listener, seed, found)) for seed, listener in enumerate(listeners)]
     for engine in engines:
