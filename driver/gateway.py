@@ -76,7 +76,7 @@ class Gateway:
             reporter,
             follow=self._follow,
             refuse=self._refuse,
-            note=self._errors.append,
+            note=self._note,
         )
         self._selector = selectors.DefaultSelector()
         self._watched: dict[str, tuple[int, int]] = {}  # session → descriptor and what is waited for
@@ -233,6 +233,11 @@ class Gateway:
             self._reporter.log("info", "first frame", session=session.name, **told)
         self._requests.ask(session, asked.frames)
 
+    def _note(self, sentence: str) -> None:
+        """For the status; what is there already is not said again."""
+        if sentence not in self._errors:
+            self._errors.append(sentence)
+
     def _end(self, session: Session, fault: str, left: str = "") -> None:
         self._unwatch(session)
         self._restless.discard(session.name)
@@ -249,7 +254,7 @@ class Gateway:
         if not told_at(session.faults if fault else session.brief // _OFTEN):
             return
         if fault:
-            self._errors.append(f"{session.name}: {fault}{f' ({session.faults} times in a row)' if session.faults > 1 else ''}")
+            self._note(f"{session.name}: {fault}{f' ({session.faults} times in a row)' if session.faults > 1 else ''}")
         told = {"forces": forces, "fault": fault, "left": left, "times": session.faults}
         self._reporter.log("error" if fault else "info", "session ended", session=session.name, **told)
 
@@ -265,7 +270,7 @@ class Gateway:
         self._unwatch(session)
         session.hang_up()
         session.given_up = why
-        self._errors.append(f"{session.name}: given up: {why}")
+        self._note(f"{session.name}: given up: {why}")
         self._reporter.log("error", "session given up", session=session.name, why=why)
 
     # -- answers ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +290,7 @@ class Gateway:
         elif isinstance(message, bus.Loaded):
             self._pool.loaded(sender, message)
             if message.error:
-                self._errors.append(f"version {message.version} was refused: {message.error}")
+                self._note(f"version {message.version} was refused: {message.error}")
             if self._rollout.loaded(message):
                 self._reporter.log("info", "swap", version=message.version)
             self._requests.settle()
