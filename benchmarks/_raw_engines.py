@@ -156,9 +156,9 @@ def run_dir(where: Where) -> Path:
     return where[0][0].folder / "run"
 
 
-def server(model: str, where: Where) -> list[str]:
-    """One server for all these engines, as users start it: supervisor, gateway, evaluator."""
-    told = ["serve", "-m", model, "--no-learn", "--quiet", "--run-dir", str(run_dir(where))]
+def server(model: str, where: Where, device: str = "auto") -> list[str]:
+    """One server for all these engines, as users start it: supervisor, gateway, an evaluator for each device."""
+    told = ["serve", "-m", model, "--no-learn", "--quiet", "--run-dir", str(run_dir(where)), "--device", device]
     for one, _, _ in where:
         told += ["--connect", f"{one.address}={one.structure}"]
     return [sys.executable, "-m", "tumbaga.driver.cli", *told]

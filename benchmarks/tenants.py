@@ -1,13 +1,13 @@
 """Many engines at one server: steps a second of 1, 4, 8 and 16 engines of mixed size, beside as many private drivers of the same back end.
 
-    python benchmarks/tenants.py [--quick] [--json FILE] [--model MODEL] [--engines N ...]
+    python benchmarks/tenants.py [--quick] [--json FILE] [--model MODEL] [--device NAMES] [--engines N ...]
 
 The engines are raw ones (Cu-Au clusters in water, of SIZES in turn): each sends its next frame as soon as it has its answer. All of them live in this
 one process, which waits for all sockets at once; as many Python processes would take from those under test the processor that both need.
 "server" is one `tumbaga serve` with an address for each engine; "private" is one process for each engine with the back end and the wire in
 it, which is how it is done without a server (see _private_driver.py). "bound" is the back end alone: a batch of one frame of each engine,
-and the same frames one by one, by turns in one process. Torch has one thread in each process: so the server computes on one core, as the
-bound does, and private drivers on as many as there are.
+and the same frames one by one, by turns in one process. Torch has one thread in each process. So that all have the same cores to compute on,
+the server has an evaluator for each core (--device cpu,cpu on two), and the bound is that of as many processes at once that share the frames.
 
 For each number of engines the three are measured by turns, window after window, each REPETITIONS times, in an order that turns; those that
 are not measured are idle. Engines ask for a while before a window begins, and all answers are awaited before the next one. Figures are
@@ -137,30 +137,46 @@ def pss(pids: Sequence[int]) -> float:
 
 
 class Alone:
-    """The back end in a process of its own; see _batch_scaling.py.
+    """The back end in processes of its own, which share the frames; see _batch_scaling.py.
 
     Args:
         model: its name.
         where: the engines' structures.
+        processes: how many there may be.
     """
 
-    def __init__(self, model: str, where: Where) -> None:
-        program = [sys.executable, str(HERE / "_batch_scaling.py"), model, *(str(one.structure) for one, _, _ in where)]
-        self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment())
-        self.rates(_MOMENT)  # waits until it has started, which takes more of the processor than anybody measured here should share
+    def __init__(self, model: str, where: Where, processes: int) -> None:
+        program = [sys.executable, str(HERE / "_batch_scaling.py"), model]
+        shares = [where[start::processes] for start in range(min(processes, len(where)))]
+        self._processes = [
+            subprocess.Popen(
+                [*program, *(str(one.structure) for one, _, _ in share)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=_environment(),
+            )
+            for share in shares
+        ]
+        self.rates(_MOMENT)  # waits until they have started, which takes more of the processor than anybody measured here should share
 
     def rates(self, seconds: float) -> tuple[float, float]:
-        """Frames a second, batched and one by one."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(seconds, file=self._process.stdin, flush=True)
-        told: dict[str, float] = json.loads(self._process.stdout.readline())
-        return told["batched"], told["single"]
+        """Frames a second of all of them at once, batched and one by one."""
+        batched = single = 0.0
+        for process in self._processes:
+            assert process.stdin is not None
+            print(seconds, file=process.stdin, flush=True)
+        for process in self._processes:
+            assert process.stdout is not None
+            told: dict[str, float] = json.loads(process.stdout.readline())
+            batched, single = batched + told["batched"], single + told["single"]
+        return batched, single
 
     def close(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.communicate()
+        """End them."""
+        for process in self._processes:
+            process.kill()
+            process.communicate()
 
 
 def _environment() -> dict[str, str]:
@@ -210,17 +226,18 @@ def turns(served: Sequence[RawEngine], driven: Sequence[RawEngine], alone: Alone
     return rates
 
 
-def measured(model: str, number: int, length: Length) -> Row:
+def measured(model: str, device: str, number: int, length: Length) -> Row:
     """One line of the table."""
+    devices = device.split(",")
     with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as made, contextlib.ExitStack() as last:
         folder = Path(made)
         shared, own = tenants(folder, "shared", number), tenants(folder, "own", number)
         with contextlib.ExitStack() as first:
-            _, served = first.enter_context(answered([server(model, shared)], shared))
+            _, served = first.enter_context(answered([server(model, shared, device)], shared))
             window(served, length)  # memory is what it is after some work
             server_mib = pss([pid for pid, _ in processes_in(run_dir(shared))])
             pids, driven = last.enter_context(answered(private(model, own), own))
-            alone = first.enter_context(contextlib.closing(Alone(model, shared)))
+            alone = first.enter_context(contextlib.closing(Alone(model, shared, len(devices))))
             compare(served, driven)
             rates = turns(served, driven, alone, length)
         # the server and the back end alone are gone
@@ -290,13 +307,15 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     parser.add_argument("--model", metavar="MODEL", default="painn:cuau-water", help="another potential; it must know Cu, Au, O and H")
     parser.add_argument("--engines", metavar="N", type=int, nargs="+", default=ENGINES, help="these numbers only")
+    cores = ",".join(["cpu"] * len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", metavar="NAMES", default=cores, help="where the evaluators of the server compute; here: %(default)s")
     options = parser.parse_args()
     length = Length(3.0, 0.5) if options.quick else Length(10.0, 2.0)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
     rows = []
     print(HEAD)
     for number in options.engines:
-        rows.append(measured(options.model, number, length))
+        rows.append(measured(options.model, options.device, number, length))
         print(line(rows[-1]), flush=True)
     faults = missed(rows)
     if options.json:
