@@ -27,6 +27,7 @@ from tumbaga.online import versions
 from tumbaga.online.errors import VersionError
 from tumbaga.online.ports import Trainable
 from tumbaga.online.records import Frame, Prediction
+from tumbaga.online.testing import Tolerances, check_trainable
 
 ELEMENTS = (1, 8, 29, 79)
 LEARNS, SERVES = "sevennet:7net-0?elements=Cu,Au,O,H", "sevennet:7net-0"
@@ -341,6 +342,11 @@ def test_force_rows_give_the_forces_of_any_readout(double: Any, frame: Frame) ->
 def test_force_rows_of_float32_are_those_of_float64(single: Any, double: Any) -> None:
     """To single precision: what is learnt does not depend on the dtype that serves."""
     np.testing.assert_allclose(single.force_rows(cluster()).rows, double.force_rows(cluster()).rows, atol=SINGLE)
+
+
+def test_it_keeps_every_promise_of_its_port(double: Any) -> None:
+    """The conformance suite for trainable potentials; a turned frame shows that the network's rotations have float32 constants."""
+    check_trainable(double, [few([8], [[0.0, 0.0, 0.0]]), cluster(), crystal()], Tolerances(1e-3, 1e-4, 1e-5))
 
 
 def test_each_frame_is_served_by_its_own_readout(double: Any) -> None:
