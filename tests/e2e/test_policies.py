@@ -215,3 +215,18 @@ def test_reject_closes_the_connection_and_keeps_what_led_there(served: Callable[
     assert program.stop() == 0, program.output
     with contextlib.closing(Store(program.run_dir / FILE, read_only=True)) as store:
         assert Reason.PRECURSOR in {store.reason(label.frame_id) for label in store.labels()}
+
+
+@pytest.mark.parametrize("engine", ["ipi", "ase"])
+def test_real_engines_wait(engine: str, start: Callable[..., Program]) -> None:
+    """i-PI and ASE sit through waits of seconds, and end with all their steps; the extras of i-PI's frames are there as ever."""
+    told = ("--label", "test:lj?delay=2.0", "--labels", "2", "--force-error", str(NEVER_SURE), "--critical", "stall")
+    program = start("run", "cuau-water", "--engine", engine, *told, "--steps", "120", "--quiet")
+    assert program.end() == 0, program.output
+    status = program.status()
+    assert status["state"] == "finished"
+    assert status["stalls"]["longest_s"] >= 2.0
+    assert status["engine"]["step"] == 120
+    assert status["engine"]["finite"]
+    assert status["call_ms"]["max"] < 2000.0  # a wait is no slow call, and is told of by itself
+    assert "waited for their labels" in program.output
