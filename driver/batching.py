@@ -3,7 +3,8 @@
 A batch is evaluated as a whole, so the frame that is ready first waits for all others in it: batches are kept to what an evaluator does in
 about `TARGET_S`, which is learned from what batches took, and to what fits into its memory, which is learned from those that did not.
 Sessions take turns by the atoms that were evaluated for them (start-time fair queueing: Goyal, Vin, Cheng, IEEE/ACM Trans. Netw. 5, 690
-(1997)): while one large frame is due, small sessions get as many atoms evaluated among them as it has, and no session is starved.
+(1997)), and by a little more for each frame: while one large frame is due, small sessions get about as many atoms evaluated among them as it
+has, and no session is starved.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _FURTHER = 1.1
 _SHARE = 0.1  # of the time of a batch that the next one may wait
 _LATE = 2.0  # a session that takes so many times as long as usual is not waited for any more
 _LEARN = 0.2  # weight of what was seen last
+_EACH = 16  # atoms' worth of what a frame costs whatever its size: about as much with the embedded potential
 
 
 class Cap:
@@ -114,7 +116,7 @@ class Turns:
     def queue(self, item: Item) -> None:
         """Set the `start` of a frame that has come."""
         item.start = max(self._now, self._finish.get(item.session, 0.0))
-        self._finish[item.session] = item.start + item.atoms
+        self._finish[item.session] = item.start + _EACH + item.atoms
 
     def gone(self, items: Sequence[Item]) -> None:
         """These frames go out now."""

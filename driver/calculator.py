@@ -237,9 +237,9 @@ def _model_of(run: Path, model: str) -> str:
         registry.weights_file(model)
     except PotentialError:
         whole = sorted((run / versions.FOLDER).glob(f"{BASE:06d}-*.safetensors"))
-        if not (whole and model.startswith("painn:")):
+        if not whole:
             raise
-        return f"painn:{whole[0]}"
+        return f"{model.partition(':')[0]}:{whole[0]}"
     return model
 
 

@@ -13,7 +13,7 @@ from tumbaga.online.store import FILE, Store
 
 _FILES = {
     "store.sqlite": "every flagged frame, label, failure and version",
-    "versions": "every set of weights, loadable by itself as -m painn:FILE",
+    "versions": "every set of weights, loadable by itself as the FILE of -m KIND:FILE",
     "log": "one file a process",
 }
 _PLAIN_S = 5.0  # between two lines where nobody watches a terminal
