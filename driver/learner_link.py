@@ -50,7 +50,7 @@ class LearnerLink:
         """Candidates that the learner has not taken yet."""
         return len(self._unsent)
 
-    def flag(self, session: str, served: Served, reason: Reason, ticket: int = 0) -> None:
+    def flag(self, session: str, served: Served, reason: Reason, ticket: int = 0, *, again: bool = False) -> None:
         """A frame is worth a label: it goes to the learner.
 
         Args:
@@ -58,8 +58,9 @@ class LearnerLink:
             served: the frame.
             reason: why.
             ticket: of the request, if its engine waits for the label.
+            again: whether that was said before, perhaps to a learner that is dead by now.
         """
-        self.flags += 1
+        self.flags += not again
         frame, said, version, sure = served.outcome.job.frame, served.outcome.prediction, served.outcome.job.mix[1], served.sure
         # what was not fit to be served is nothing to hold a label against
         energy, forces = (said.energy, said.forces) if said is not None and said.finite else (0.0, np.zeros((len(frame), 3)))

@@ -127,17 +127,19 @@ class LearnerProcess:
         positions, forces = bus.array(buffers[1], np.float64, (-1, 3)), bus.array(buffers[3], np.float64, (-1, 3))
         frame = Frame(numbers, positions, bus.array(buffers[2], np.float64, (3, 3)), message.periodic)
         known = self._learner.scale.known
-        self._learner.candidate(
-            frame,
-            session=message.session,
-            step=message.step,
-            reason=Reason(message.reason),
-            score=message.score,
-            lpr=message.lpr,
-            version=message.version,
-            energy=message.energy,
-            forces=forces,
-        )
+        found = self._store.label_state(frame.key) if message.ticket else None
+        if found is None or found[1] == "dropped":  # else an engine that waits for it asks once more
+            self._learner.candidate(
+                frame,
+                session=message.session,
+                step=message.step,
+                reason=Reason(message.reason),
+                score=message.score,
+                lpr=message.lpr,
+                version=message.version,
+                energy=message.energy,
+                forces=forces,
+            )
         if not known:
             self._tell_gateway()
         if message.ticket:

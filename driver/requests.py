@@ -216,7 +216,7 @@ class Requests:
         """End the waits whose time is up, and ask the learner again; to be called a few times a second."""
         over, again = self.stalls.due(now, self._learner.heard_at)
         for stall in again:
-            self._learner.flag(stall.session, stall.served, Reason.STALLED, stall.ticket)
+            self._learner.flag(stall.session, stall.served, Reason.STALLED, stall.ticket, again=stall.asked > 1)
         for stall in over:
             self.stalls.end(stall, Waited.IN_VAIN)
             limit = "policy.max_stall" if now >= stall.until else "nothing was heard of the learner"

@@ -31,6 +31,7 @@ class Stall:
         judgement: of the answers, or None where one of them is unfit.
         problem: what is unfit about it then.
         ask_at: when the learner is asked again, s.
+        asked: how often it was.
         version: that knows the label, once it is learnt.
         waited: how it ended.
     """
@@ -44,6 +45,7 @@ class Stall:
     judgement: Judgement | None = None
     problem: str = ""
     ask_at: float = 0.0
+    asked: int = 0
     version: int | None = None
     waited: Waited = Waited.NOT
 
@@ -122,4 +124,5 @@ class Stalls:
         again = [stall for stall in waiting if stall not in over and stall.version is None and now >= stall.ask_at]
         for stall in again:
             stall.ask_at = now + ASK_AGAIN_S
+            stall.asked += 1
         return over, again
