@@ -13,7 +13,8 @@ import zmq
 from tumbaga.driver import config as configs
 from tumbaga.driver import learner_process
 from tumbaga.driver.learner_process import LearnerProcess
-from tumbaga.online.records import Frame, Reason, Role
+from tumbaga.online import spool
+from tumbaga.online.records import Frame, Label, Reason, Role
 from tumbaga.online.store import FILE, Store, StoredVersion
 from tumbaga.online.testing import ToyTrainable
 from tumbaga.online.versions import LastLayer, write
@@ -125,6 +126,40 @@ def test_a_task_that_went_down_with_the_learner_is_given_again(bench: Bench, que
     assert second is not None
     assert second.frame == first.frame
     assert second.task > first.task
+
+
+def test_an_engine_that_waits_is_told_once_and_its_frame_is_stored_once(bench: Bench) -> None:
+    """It asks again every few seconds; the label comes next, and a learner that starts in between knows no less."""
+    asked = bus.Candidate("unix:/x", 3, "stalled", 0.9, 0.1, 0, periodic=False, energy=0.0, ticket=7)
+    places = np.array([[0.0, 0, 0], [0.76, 0.59, 0], [-0.76, 0.59, 0]])
+    buffers = [a.tobytes() for a in (np.array([8, 1, 1]), places, np.zeros((3, 3)), np.zeros((3, 3)))]
+    gateway = bus.Endpoint(bench.context, zmq.ROUTER, bus.LEARNER, bind=True)
+
+    def settled() -> list[bus.Settled]:
+        found = []
+        while gateway.socket.poll(200) and (received := gateway.receive()):
+            found += [received[1]] if isinstance(received[1], bus.Settled) else []
+        return found
+
+    try:
+        for start in range(2):
+            learner = bench.start()
+            for _ in range(3):
+                learner._gateway_message(asked, buffers)
+            assert settled() == []
+            if not start:
+                bench.kill()
+        assert learner._store.counts()["flags"] == 1
+        assert [queued.reason for queued in learner._store.pending()] == [Reason.STALLED]
+        task = bench.idle(seen=0)
+        assert task is not None
+        label = Label(-1.0, np.zeros((3, 3)), "test:lj/epsilon0.2/offset-1000", 0.1, {})
+        spool.put(bench.run_dir, spool.Result(task.task, task.frame, label))
+        learner.turn()
+        learner.turn()
+        assert [(one.session, one.ticket, one.problem) for one in settled()] == [("unix:/x", 7, "")]
+    finally:
+        gateway.close()
 
 
 def test_a_version_that_cannot_be_read_is_skipped(bench: Bench) -> None:

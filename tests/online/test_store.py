@@ -100,6 +100,32 @@ def test_a_dropped_frame_can_come_back(store: Store) -> None:
     assert store.pending() == [Queued(number, Reason.AUDIT, Role.HOLDOUT, 0.7)]
 
 
+def test_where_the_label_of_a_frame_stands(store: Store) -> None:
+    assert store.label_state(frame().key) is None
+    flag(store)
+    assert store.label_state(frame().key) is None  # flagged, and not taken
+    number = queue(store)
+    assert store.label_state(frame().key) == (number, "pending")
+    task = store.start_task(number, "label-0", 11)
+    assert store.label_state(frame().key) == (number, "running")
+    store.add_label(task, label())
+    assert store.label_state(frame().key) == (number, "labelled")
+    store.drop(queue(store, 1), "made room")
+    found = store.label_state(frame(1).key)
+    assert found is not None
+    assert found[1] == "dropped"
+
+
+def test_a_waiting_frame_can_be_hurried_and_no_other(store: Store) -> None:
+    number, running = queue(store), queue(store, 1)
+    store.start_task(running, "label-0", 11)
+    store.hurry(number)
+    store.hurry(running)
+
+    assert [queued.reason for queued in store.pending()] == [Reason.STALLED]
+    assert store.reason(running) is Reason.UNCERTAIN
+
+
 def test_only_waiting_frames_can_be_dropped(store: Store) -> None:
     """A frame whose label is under way stays under way."""
     number = queue(store)
