@@ -60,6 +60,9 @@ class Decision:
     mark: str = ""
 
 
+_CONTINUE, _FALLBACK = Decision(Act.ANSWER, "continue"), Decision(Act.ANSWER, "fallback")
+
+
 @dataclass(frozen=True)
 class Rules:
     """The user's policies.
@@ -105,6 +108,8 @@ def decide(
         second: whether what answers is the last good version, because a newer one did not.
         waited: whether it has been waited with.
     """
+    if found is Level.QUIET and waited is Waited.NOT:
+        return _FALLBACK if second else _CONTINUE  # nearly every step of a run
     if found is Level.UNFIT:
         if other:
             return Decision(Act.AGAIN)
@@ -119,7 +124,7 @@ def decide(
         return Decision(Act.REJECT)
     if policy is Policy.STALL and picked:
         return Decision(Act.STALL)
-    return Decision(Act.ANSWER, "fallback" if second else "continue")
+    return _FALLBACK if second else _CONTINUE
 
 
 def precursors(scores: Sequence[float], low: float) -> list[int]:
