@@ -6,8 +6,9 @@ The engines are raw ones (Cu-Au clusters in water, of SIZES in turn): each sends
 one process, which waits for all sockets at once; as many Python processes would take from those under test the processor that both need.
 "server" is one `tumbaga serve` with an address for each engine; "private" is one process for each engine with the back end and the wire in
 it, which is how it is done without a server (see _private_driver.py). "bound" is the back end alone: a batch of one frame of each engine,
-and the same frames one by one, by turns in one process. Torch has one thread in each process. So that all have the same cores to compute on,
-the server has an evaluator for each core (--device cpu,cpu on two), and the bound is that of as many processes at once that share the frames.
+and the same frames one by one, by turns in one process. Torch has one thread in each process: so the server computes on one core, as the
+bound does, and private drivers on as many as there are. With --device cpu,cpu the server has two evaluators, and the bound is that of two
+processes at once that share the frames; on two cores, which engines and gateway need as well, that is no faster.
 
 For each number of engines the three are measured by turns, window after window, each REPETITIONS times, in an order that turns; those that
 are not measured are idle. Engines ask for a while before a window begins, and all answers are awaited before the next one. Figures are
@@ -307,8 +308,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     parser.add_argument("--model", metavar="MODEL", default="painn:cuau-water", help="another potential; it must know Cu, Au, O and H")
     parser.add_argument("--engines", metavar="N", type=int, nargs="+", default=ENGINES, help="these numbers only")
-    cores = ",".join(["cpu"] * len(os.sched_getaffinity(0)))
-    parser.add_argument("--device", metavar="NAMES", default=cores, help="where the evaluators of the server compute; here: %(default)s")
+    parser.add_argument("--device", metavar="NAMES", default="auto", help="where the evaluators of the server compute: one each")
     options = parser.parse_args()
     length = Length(3.0, 0.5) if options.quick else Length(10.0, 2.0)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
