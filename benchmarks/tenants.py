@@ -8,7 +8,7 @@ one process, which waits for all sockets at once; as many Python processes would
 it, which is how it is done without a server (see _private_driver.py). "bound" is the back end alone: a batch of one frame of each engine,
 and the same frames one by one, by turns in one process. Torch has one thread in each process: so the server computes on one core, as the
 bound does, and private drivers on as many as there are. With --device cpu,cpu the server has two evaluators, and the bound is that of two
-processes at once that share the frames; on two cores, which engines and gateway need as well, that is no faster.
+processes at once that share the frames.
 
 For each number of engines the three are measured by turns, window after window, each REPETITIONS times, in an order that turns; those that
 are not measured are idle. Engines ask for a while before a window begins, and all answers are awaited before the next one. Figures are
