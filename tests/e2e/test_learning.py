@@ -147,6 +147,7 @@ def test_no_label_is_lost_or_done_twice_by_kills(
 
     # what waited is labelled after the next start, and nothing else a second time
     program = start("run", "cuau-water", "--label", f"test:lj?delay=1.0&journal={journal.path}", *UNSURE, *FOREVER, "--seed", "5")
+    program.until(lambda status: status["state"] == "running", "the next run")  # its last label may have ended in the last one
     journal.ended(last)
     assert program.stop() == 0
     assert set(journal.count("end").values()) == {1}
