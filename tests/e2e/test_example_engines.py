@@ -49,7 +49,8 @@ def test_sixteen_engines_of_mixed_size_do_their_steps_on_one_server(tmp_path: Pa
     assert re.search(rf"^all: {30 * ENGINES} steps in", told, re.MULTILINE), told
     status = json.loads((tmp_path / "out" / "run" / "status.json").read_text())
     assert status["errors"] == []
-    assert [session["forces"] for session in status["sessions"]] == [31] * ENGINES
+    # of all conversations: one that is over may have been followed by the beginning of another
+    assert status["force_calls"] == 31 * ENGINES
 
 
 @pytest.mark.slow
