@@ -63,9 +63,11 @@ class Bench:
     def idle(self, seen: int) -> bus.Task | None:
         """The worker says that it is idle; returns what it is given."""
         assert self.learner is not None
-        assert self.worker.socket.poll(20_000, zmq.POLLOUT)
-        assert self.worker.send(bus.WorkerIdle(WORKER, 1, seen))
-        assert self.learner.workers.socket.poll(20_000)
+        for _ in range(20):  # a worker says it again and again: the first time may go to the learner that has just died
+            assert self.worker.socket.poll(20_000, zmq.POLLOUT)
+            assert self.worker.send(bus.WorkerIdle(WORKER, 1, seen))
+            if self.learner.workers.socket.poll(1000):
+                break
         self.learner.turn()
         if not self.worker.socket.poll(200):
             return None
