@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from _raw_engines import moved
 
-from tumbaga.driver import structures
+from tumbaga.driver import process, structures
 from tumbaga.driver.backends import registry
 from tumbaga.driver.slot import BASE, Slot
 from tumbaga.online.records import Frame
@@ -54,6 +54,7 @@ def rates(slot: Slot, source: Iterator[list[Frame]], seconds: float) -> dict[str
 
 
 def main() -> None:
+    process.keep_memory()  # as the evaluator does
     slot, source = Slot(registry.load(sys.argv[1])), batches(sys.argv[2:])
     for _ in range(_WARM):
         turn(slot, next(source))

@@ -126,6 +126,7 @@ def warm_up(slot: Slot, template: Frame | None) -> float | None:
 
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Load the potential, say so, answer batches until told to leave."""
+    process.keep_memory()
     name = sys.argv[2]
     settings = configs.load(run_dir).potential
     slot = Slot(registry.load(settings.model, settings.devices[int(name.rpartition("-")[2])], settings.dtype))
