@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tumbaga.driver.backends.flat import DTYPES, Graph, UnknownElementError, chosen_device, flattened, scattered, species_table
+from tumbaga.driver.backends.painn_files import weights_file
 from tumbaga.driver.backends.painn_lists import Lists
 from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.backends.painn_pairs import Core
@@ -186,11 +187,7 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> PaiNN:
         PotentialError: the file is missing, damaged or of another architecture; the sentence says which.
     """
     rest = name.removeprefix("painn:")
-    path = DATA / f"{rest}.safetensors" if (DATA / f"{rest}.safetensors").is_file() and "/" not in rest else Path(rest)
-    name = f"painn:{rest}"
-    if not path.is_file():
-        packaged = ", ".join(f"painn:{file.stem}" for file in sorted(DATA.glob("*.safetensors")))
-        raise PotentialError(name, f"there is no file {str(path)!r}; packaged are {packaged or 'none'}")
+    path, name = weights_file(rest), f"painn:{rest}"
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping

@@ -1,39 +1,73 @@
-"""Names of potentials: "KIND:REST" to a loader, without importing any back end until it is asked for."""
+"""Names of potentials: "KIND:REST" to a loader, without importing any back end until it is asked for.
+
+Further kinds come from other packages, by the entry point group `tumbaga.potentials`: its names are kinds, its values loaders.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from tumbaga.driver.backends import sevennet_files
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import Potential
 
 Loader = Callable[[str, str, str], Potential]  # (rest of the name, device, dtype)
+GROUP: Final = "tumbaga.potentials"
+_HERE: Final = "tumbaga.driver.backends"
+
+
+class Kind(NamedTuple):
+    """Where the code of one kind of potential is.
+
+    Attributes:
+        loader: "module:function", a `Loader`.
+        files: a module that imports fast, with `weights_file(rest) -> Path | None`, which raises PotentialError for what can be seen to be
+            wrong before anything is loaded, and `absolute(rest) -> str`; empty where the rest of a name is a path or nothing.
+    """
+
+    loader: str
+    files: str = ""
+
 
 KINDS: Final = {
-    "painn": "tumbaga.driver.backends.painn:load_backend",
-    "sevennet": "tumbaga.driver.backends.sevennet:load_backend",
-    "toy": "tumbaga.driver.backends.toy:load_backend",
+    "painn": Kind(f"{_HERE}.painn:load_backend", f"{_HERE}.painn_files"),
+    "sevennet": Kind(f"{_HERE}.sevennet:load_backend", f"{_HERE}.sevennet_files"),
+    "toy": Kind(f"{_HERE}.toy:load_backend", f"{_HERE}.toy"),
 }
-PACKAGED: Final = {"painn:cuau-water": Path(__file__).parent.parent / "data" / "cuau-water.safetensors"}
+
+
+@functools.cache
+def _of_others() -> dict[str, Kind]:
+    """The kinds that installed packages bring along; they cannot take the place of ours."""
+    return {point.name: Kind(point.value) for point in entry_points(group=GROUP) if point.name not in KINDS}
+
+
+def _kind(name: str) -> tuple[Kind, str]:
+    kind, _, rest = name.partition(":")
+    known = KINDS | _of_others()
+    if kind not in known:
+        raise PotentialError(
+            name, f"there is no back end {kind!r}; known are {', '.join(sorted(known))} (for example painn:cuau-water, toy:lj)"
+        )
+    return known[kind], rest
 
 
 def loader(name: str) -> tuple[Loader, str]:
     """Return the loader of a potential and the rest of its name; imports the back end.
 
     Raises:
-        PotentialError: no such kind.
+        PotentialError: no such kind, or the package that brings it cannot be imported.
     """
-    kind, _, rest = name.partition(":")
-    if kind not in KINDS:
-        raise PotentialError(
-            name, f"there is no back end {kind!r}; known are {', '.join(sorted(KINDS))} (for example painn:cuau-water, toy:lj)"
-        )
-    module, _, attribute = KINDS[kind].partition(":")
-    made: Loader = getattr(importlib.import_module(module), attribute)
+    kind, rest = _kind(name)
+    module, _, attribute = kind.loader.partition(":")
+    try:
+        made: Loader = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PotentialError(name, f"its loader {kind.loader} cannot be imported: {error}") from error
     return made, rest
 
 
@@ -53,28 +87,20 @@ def weights_file(name: str) -> Path | None:
     Raises:
         PotentialError: the name is of no known kind, its file does not exist, it is a toy that there is not, or its package is not installed.
     """
-    kind, _, rest = name.partition(":")
-    if kind not in KINDS:
-        loader(name)
-    if name in PACKAGED:
-        return PACKAGED[name]
-    if kind == "sevennet":
-        return sevennet_files.wanted(rest).path
-    if kind != "painn":
-        load(name)  # nothing else could tell a misspelt toy before the processes are started
-        return None
+    kind, rest = _kind(name)
+    if kind.files:
+        found: Path | None = importlib.import_module(kind.files).weights_file(rest)
+        return found
     path = Path(rest)
-    if not path.is_file():
-        known = ", ".join(sorted(PACKAGED))
-        raise PotentialError(name, f"there is no file {rest!r}, and it is not a packaged potential ({known})")
-    return path
+    return path if path.is_file() else None
 
 
 def absolute(name: str) -> str:
     """Return the name with the full path of its file, if it names one: other processes work in other folders."""
-    kind, _, rest = name.partition(":")
-    if kind == "sevennet":
-        return f"{kind}:{sevennet_files.absolute(rest)}"
-    if kind == "painn" and name not in PACKAGED and Path(rest).is_file():
-        return f"{kind}:{Path(rest).absolute()}"
-    return name
+    try:
+        kind, rest = _kind(name)
+    except PotentialError:
+        return name  # said where it is loaded
+    if kind.files:
+        return f"{name.partition(':')[0]}:{importlib.import_module(kind.files).absolute(rest)}"
+    return f"{name.partition(':')[0]}:{Path(rest).absolute()}" if Path(rest).is_file() else name

@@ -61,6 +61,15 @@ def wanted(rest: str) -> Wanted:
     return Wanted(name, model, path, elements)
 
 
+def weights_file(rest: str) -> Path:
+    """The file behind the part of a name that follows "sevennet:".
+
+    Raises:
+        PotentialError: see `wanted`.
+    """
+    return wanted(rest).path
+
+
 def absolute(rest: str) -> str:
     """Return the same with the full path of its file, if it names one."""
     model, mark, query = rest.partition("?")

@@ -151,3 +151,17 @@ def load_backend(rest: str, device: str, dtype: str) -> _Toy:
         except ValueError as error:
             raise PotentialError(f"toy:{rest}", f"option {key} is {value!r}, not a number") from error
     return made(**given)
+
+
+def weights_file(rest: str) -> None:
+    """A toy has none, and its name is right.
+
+    Raises:
+        PotentialError: no such toy or option.
+    """
+    load_backend(rest, "cpu", "float64")  # costs nothing, and sees a misspelt toy before the processes are started
+
+
+def absolute(rest: str) -> str:
+    """A toy names no file."""
+    return rest

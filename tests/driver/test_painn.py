@@ -286,7 +286,7 @@ def test_an_unknown_element_is_refused_with_a_sentence() -> None:
 
 def test_files_that_do_not_serve_are_refused_with_a_sentence(tmp_path: Path) -> None:
     """Missing, damaged, foreign and incomplete files each say what is wrong."""
-    with pytest.raises(PotentialError, match=r"there is no file .*; packaged are painn:cuau-water"):
+    with pytest.raises(PotentialError, match=r"there is no file .* packaged potential .painn:cuau-water"):
         load("painn:" + str(tmp_path / "none.safetensors"))
     damaged = tmp_path / "damaged.safetensors"
     whole = tmp_path / "whole.safetensors"

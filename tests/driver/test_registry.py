@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tumbaga.driver.backends import registry
+from tumbaga.driver.backends import painn_files, registry
 from tumbaga.driver.errors import PotentialError
 
 
@@ -35,8 +35,8 @@ def test_a_misspelt_toy_is_seen_before_anything_starts(name: str) -> None:
 
 def test_packaged_weights_are_there() -> None:
     """Every packaged potential has its file."""
-    for name, path in registry.PACKAGED.items():
-        assert registry.weights_file(name) == path
+    for name, path in painn_files.PACKAGED.items():
+        assert registry.weights_file(f"painn:{name}") == path
         assert path.is_file()
 
 
@@ -53,3 +53,40 @@ def test_names_cost_no_torch() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package with two kinds of potential, one of which cannot be imported, and one that would replace ours."""
+    (tmp_path / "other_potential.py").write_text(
+        "from tumbaga.driver.backends.toy import Zero\n\n\ndef make(rest, device, dtype):\n    return Zero()\n"
+    )
+    told = tmp_path / "other_potential-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: other-potential\nVersion: 1.0\n")
+    points = ("other = other_potential:make", "broken = other_potential:nothing", "toy = other_potential:make")
+    (told / "entry_points.txt").write_text("\n".join((f"[{registry.GROUP}]", *points)) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_of_others", registry._of_others.__wrapped__)
+
+
+@pytest.mark.usefixtures("another_package")
+def test_another_package_brings_a_potential(tmp_path: Path) -> None:
+    """A kind of the entry points is loaded by its name, its file is found, and one that is ours stays ours."""
+    file = tmp_path / "weights"
+    file.touch()
+
+    assert registry.load("other:anything").spec.name == "toy:zero"
+    assert registry.weights_file(f"other:{file}") == file
+    assert registry.weights_file("other:anything") is None
+    with pytest.raises(PotentialError, match="there is no toy"):
+        registry.load("toy:anything")
+    with pytest.raises(PotentialError, match="known are broken, other, painn, sevennet, toy"):
+        registry.load("none:anything")
+
+
+@pytest.mark.usefixtures("another_package")
+def test_a_broken_package_is_a_sentence() -> None:
+    """A loader that cannot be imported is named."""
+    with pytest.raises(PotentialError, match=r"its loader other_potential:nothing cannot be imported: .*nothing"):
+        registry.load("broken:anything")
