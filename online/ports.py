@@ -13,15 +13,17 @@ from tumbaga.online.records import Array, Frame, Label, Prediction
 
 @dataclass(frozen=True)
 class PotentialSpec:
-    """What a back end declares about a potential.
+    """What a back end declares about a potential. Units are no part of it: eV, Å, eV/Å, whatever the back end has inside.
 
     Attributes:
         name: as the user wrote it, e.g. "painn:cuau-water".
         elements: atomic numbers it knows; empty means any.
         cutoff: interaction range, Å.
         n_hidden: width of the linear readout's input; 0 where there is none (the potential then serves, but cannot learn).
-        level: level of theory it was fitted to, for people.
+        level: level of theory it was fitted to, for people; empty if unknown.
         mean_h2: mean squared norm of a force row over the training frames, Å^-2: sets the prior of the last-layer update; 0 if unknown.
+        dtype: "float32" or "float64", of the arithmetic inside; what it gives is float64 in either case.
+        licence: of the weights, as an SPDX identifier ("MIT"); empty if unknown or without weights. That of the code is its package's.
     """
 
     name: str
@@ -30,6 +32,8 @@ class PotentialSpec:
     n_hidden: int = 0
     level: str = ""
     mean_h2: float = 0.0
+    dtype: str = "float64"
+    licence: str = ""
 
     @property
     def n_columns(self) -> int:

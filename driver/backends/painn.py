@@ -71,6 +71,8 @@ class PaiNN:
             n_hidden=self.hyper.n_hidden,
             level=str(facts.get("level", "")),
             mean_h2=float(facts.get("mean_h2", 0.0)),
+            dtype=dtype,
+            licence=str(facts.get("licence", "")),
         )
         self._network = _filled(name, self.hyper, tensors).to(self._device, self._dtype)
         self._readout = _outside(name, tensors, _READOUT, self.spec.n_columns)

@@ -51,7 +51,8 @@ class SevenNet:
             raise PotentialError(name, f"dtype {dtype!r} is not float32 or float64")
         self._device, self._dtype, self._parts = chosen_device(name, device), DTYPES[dtype], parts
         cutoff, self._width = float(parts.config["cutoff"]), parts.readout.shape[1]
-        self.spec = PotentialSpec(name, parts.elements, cutoff, self._width if learns else 0, parts.level)
+        n_hidden = self._width if learns else 0
+        self.spec = PotentialSpec(name, parts.elements, cutoff, n_hidden, parts.level, dtype=dtype, licence=parts.licence)
         self._network = parts.network.to(self._device, self._dtype)
         self._types = np.array(parts.types)
         self._table, self._lists = species_table(parts.elements), Lists(cutoff)
@@ -64,7 +65,8 @@ class SevenNet:
     def metadata(self) -> dict[str, str]:
         """What a file of its tensors must say beside them: "architecture", and "hyper" (elements, model) and "facts" as JSON."""
         hyper = {"elements": self._parts.elements, "model": {key: one for key, one in self._parts.config.items() if _is_json(one)}}
-        return {"architecture": ARCHITECTURE, "hyper": json.dumps(hyper), "facts": json.dumps({"level": self.spec.level})}
+        facts = {"level": self.spec.level, "licence": self.spec.licence}
+        return {"architecture": ARCHITECTURE, "hyper": json.dumps(hyper), "facts": json.dumps(facts)}
 
     def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
         """Evaluate frames of any sizes as one batch; see ``Potential.predict``.

@@ -21,7 +21,7 @@ from ase.data import chemical_symbols
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tumbaga.driver.backends.sevennet_files import Wanted
+from tumbaga.driver.backends.sevennet_files import PACKAGED, Wanted
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.records import Array
 
@@ -29,6 +29,7 @@ ARCHITECTURE: Final = "sevennet-1"
 READOUT, REFERENCE = "readout", "reference"  # the tensors outside the network, float64
 _LEVEL: Final = "PBE, PBE+U (MPtrj)"
 _LEVELS: Final = {"7net-0": _LEVEL, "7net-0_22may2024": _LEVEL, "7net-l3i5": _LEVEL}
+_LICENCE: Final = "MIT"  # of the package, which the weights are a part of
 _LAST, _RESCALE, _ONEHOT = "reduce_hidden_to_energy", "rescale_atomic_energy", "onehot_idx_to_onehot"
 
 
@@ -44,6 +45,7 @@ class Parts(NamedTuple):
         reference: shape (n_elements,), float64, eV.
         config: what sevenn builds the model from.
         level: of theory, for people.
+        licence: of the weights; empty if unknown.
     """
 
     network: Any
@@ -54,6 +56,7 @@ class Parts(NamedTuple):
     reference: Array
     config: Mapping[str, Any]
     level: str
+    licence: str
 
 
 def taken_apart(asked: Wanted) -> tuple[Parts, bool]:
@@ -91,7 +94,8 @@ def _of_checkpoint(asked: Wanted) -> Parts:
         raise PotentialError(asked.name, f"it does not know {named}; it knows {', '.join(chemical_symbols[z] for z in known)}")
     elements = asked.elements or known
     readout, reference = _last_layer(model, [model.type_map[z] for z in elements])
-    return _parts(model, elements, readout, reference, config, _LEVELS.get(asked.model, ""))
+    licence = _LICENCE if asked.model in PACKAGED else ""
+    return _parts(model, elements, readout, reference, config, _LEVELS.get(asked.model, ""), licence)
 
 
 def _of_version(asked: Wanted) -> Parts:
@@ -109,7 +113,8 @@ def _of_version(asked: Wanted) -> Parts:
         raise PotentialError(asked.name, f"the file {str(asked.path)!r} is no version of a SevenNet potential ({error})") from error
     if asked.elements not in ((), elements):
         raise PotentialError(asked.name, "the file says itself which elements it learns; leave out ?elements")
-    parts = _parts(_built(asked.name, config), elements, readout, reference, config, str(facts.get("level", "")))
+    level, licence = (str(facts.get(key, "")) for key in ("level", "licence"))
+    parts = _parts(_built(asked.name, config), elements, readout, reference, config, level, licence)
     _fill(asked.name, parts.network, {key: torch.tensor(tensors[key]) for key in parts.network.state_dict() if key in tensors})
     return parts
 
@@ -152,7 +157,9 @@ def _last_layer(model: Any, types: Sequence[int]) -> tuple[Array, Array]:
     return scale[each, None] * _numpy(slope), scale[each] * float(bias) + shift[each]
 
 
-def _parts(model: Any, elements: tuple[int, ...], readout: Array, reference: Array, config: Mapping[str, Any], level: str) -> Parts:
+def _parts(
+    model: Any, elements: tuple[int, ...], readout: Array, reference: Array, config: Mapping[str, Any], level: str, licence: str
+) -> Parts:
     """Cut the model off before its last layer; elements are given to it as types, and slopes are taken outside."""
     key, names = model._modules[_LAST].key_input, list(model._modules)
     for name in names[names.index(_LAST) :]:
@@ -160,7 +167,7 @@ def _parts(model: Any, elements: tuple[int, ...], readout: Array, reference: Arr
     model.eval_type_map, model.key_grad = False, None
     model._modules[_ONEHOT].register_forward_hook(_same_dtype)
     types = tuple(model.type_map[z] for z in elements)
-    return Parts(model.eval().requires_grad_(False), key, types, elements, readout, reference, config, level)
+    return Parts(model.eval().requires_grad_(False), key, types, elements, readout, reference, config, level, licence)
 
 
 def _same_dtype(module: nn.Module, given: Any, data: Any) -> Any:

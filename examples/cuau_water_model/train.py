@@ -240,7 +240,13 @@ def main() -> None:
     items = prepare(data, sets["train"], hyper, reference)
     held = prepare(data, sets["block"], hyper, reference)
     model = train(started(hyper, args.start), items, held, settings, args.checkpoint or args.output.with_suffix(".checkpoint"))
-    facts: dict[str, object] = {"level": LEVEL, "data_sha256": dataset.content_hash(args.data), "frames": len(items), **asdict(settings)}
+    facts: dict[str, object] = {
+        "level": LEVEL,
+        "licence": "MIT",
+        "data_sha256": dataset.content_hash(args.data),
+        "frames": len(items),
+        **asdict(settings),
+    }
     write(model, hyper, reference, data, sets["train"], args.output, facts)
 
 
