@@ -54,3 +54,21 @@ class EngineError(DriverError):
 
     def __str__(self) -> str:
         return f"{self.engine}: {self.problem}"
+
+
+class DataError(DriverError):
+    """A data set cannot be read, or a frame of it is not fit to learn from or to judge by.
+
+    Args:
+        path: of the file.
+        problem: what is wrong and how to mend it.
+        frame: which frame of the file, counted from 0 as ASE does; None where it is the file as a whole.
+    """
+
+    def __init__(self, path: str, problem: str, frame: int | None = None) -> None:
+        super().__init__(path, problem, frame)
+        self.path, self.problem, self.frame = path, problem, frame
+
+    def __str__(self) -> str:
+        where = "" if self.frame is None else f", frame {self.frame} (the first is 0)"
+        return f"data {self.path}{where}: {self.problem}"

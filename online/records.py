@@ -137,6 +137,7 @@ class Label:
         method: what identifies the level of theory, e.g. "pyscf:pbe/def2-svp"; labels of different methods are never mixed.
         seconds: wall time it took.
         details: engine facts worth keeping (SCF cycles, spin, versions), JSON-compatible.
+        virial: -dE/dstrain as the method gives it, shape (3, 3), float64, eV; None where it gives none (a run's store does not keep it).
 
     Raises:
         BadFrameError: non-finite numbers or a wrong shape.
@@ -147,12 +148,37 @@ class Label:
     method: str
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
+    virial: Array | None = None
 
     def __post_init__(self) -> None:
         forces = np.asarray(self.forces, dtype=np.float64)
         object.__setattr__(self, "forces", _checked("label forces", forces, (len(forces), 3)))
         if not np.isfinite(self.energy):
             raise BadFrameError("label energy", "is not finite")
+        if self.virial is not None:
+            object.__setattr__(self, "virial", _checked("label virial", self.virial, (3, 3)))
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledFrame:
+    """A frame with its label, as a data set holds it.
+
+    Attributes:
+        frame: the frame.
+        label: its reference energy, forces and, where known, virial.
+        source: where it comes from, for people, e.g. "train.extxyz#12".
+
+    Raises:
+        BadFrameError: the label has forces of another number of atoms.
+    """
+
+    frame: Frame
+    label: Label
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.label.forces) != len(self.frame):
+            raise BadFrameError("label forces", f"are of {len(self.label.forces)} atoms, the frame has {len(self.frame)}")
 
 
 class Reason(enum.Enum):
