@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -98,6 +98,80 @@ class Trainable(Potential, Protocol):
 
     def state(self, readout: Array | None = None) -> Mapping[str, np.ndarray]:
         """All tensors, for a version file (safetensors); with this readout, shape (n_columns,), eV, in place of its own if one is given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What a potential under training says of a batch: torch tensors in the dtype of its module, on its device, differentiable in its parameters.
+
+    Attributes:
+        energies: less the reference energies of the elements, eV, shape (n_frames,): so float32 is enough for them.
+        forces: eV/Å, shape (n_atoms of all frames, 3); None if they were not asked for.
+        virials: -dE/dstrain, eV, shape (n_frames, 3, 3), symmetric; None if they were not asked for.
+    """
+
+    energies: Any
+    forces: Any | None = None
+    virials: Any | None = None
+
+
+class Tuning(Protocol):
+    """A potential opened for training of all its weights. It belongs to whoever asked for it, and no serving potential shares its tensors."""
+
+    @property
+    def module(self) -> Any:
+        """The torch.nn.Module whose parameters are trained; between steps it may be read, loaded and copied like any other."""
+
+    @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of `module`'s parameters by the part of the potential they are, each in one group.
+
+        Parts have the same names in all back ends, as far as they have them: "embedding", "interactions.0", …, "head" (between them and the
+        features), "readout". The trainer knows "reference" beside them.
+        """
+
+    @property
+    def reference(self) -> Array:
+        """Reference energies of the elements, in the order of `spec.elements`, shape (n_elements,), float64, eV: outside the module."""
+
+    def prepare(self, frame: Frame) -> Any:
+        """Do once for a frame what needs no parameters, such as its neighbour list; what `evaluate` takes."""
+
+    def evaluate(self, prepared: Sequence[Any], *, forces: bool = True, virials: bool = False, create_graph: bool = True) -> Trial:
+        """Evaluate prepared frames as one batch.
+
+        Args:
+            prepared: at least one.
+            forces: whether forces are wanted.
+            virials: whether virials are wanted.
+            create_graph: whether forces and virials are to be differentiable in the parameters; False where they are only looked at.
+        """
+
+    def trained(self, reference: Array, facts: Mapping[str, Any]) -> Tunable:
+        """Return a new potential with the parameters as they are now.
+
+        Args:
+            reference: its reference energies, shape (n_elements,), float64, eV.
+            facts: JSON-compatible; they take the place of the facts of the same name that its `metadata` hold ("level", "mean_h2", …).
+        """
+
+
+@runtime_checkable
+class Tunable(Trainable, Protocol):
+    """A potential all of whose weights can be trained; its `state` and `metadata` make a weights file of it."""
+
+    def tuning(self, seed: int | None = None) -> Tuning:
+        """Open a copy for training: with its own weights, or, given a seed, with new ones of the same shape and reference energies of zero."""
+
+    def with_elements(self, like: Mapping[int, int]) -> Tunable:
+        """Return a potential in which some elements start as others: embedding, readout and reference energy are copied.
+
+        Args:
+            like: atomic number of an element, which the potential may know or not, to one that it knows; e.g. {79: 29} for gold from copper.
+
+        Raises:
+            Exception: of the back end, with a sentence: there is nothing to start from, or it cannot be done.
+        """
 
 
 class Labeller(Protocol):

@@ -28,6 +28,7 @@ from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.backends.painn_pairs import Core
 from tumbaga.driver.backends.painn_rows import feature_jacobian
 from tumbaga.driver.backends.painn_step import Step
+from tumbaga.driver.backends.painn_training import Module, PaiNNTuning, described, fresh, with_elements
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import ForceRows, PotentialSpec
 from tumbaga.online.records import Array, Frame, Prediction
@@ -40,7 +41,7 @@ _READOUT, _REFERENCE = "readout", "reference"  # the tensors outside the network
 
 
 class PaiNN:
-    """A PaiNN potential with a linear readout for each element; implements ``Trainable``.
+    """A PaiNN potential with a linear readout for each element; implements ``Tunable``.
 
     Args:
         name: as the user wrote it.
@@ -150,6 +151,25 @@ class PaiNN:
             PotentialError: a tensor is missing or has the wrong shape.
         """
         return PaiNN(self.spec.name, tensors, self._metadata, str(self._device), self._dtype_name)
+
+    def tuning(self, seed: int | None = None) -> PaiNNTuning:
+        """Open a copy for training, in the dtype and on the device of this one; see ``Tunable.tuning``."""
+        tensors = self.state() if seed is None else fresh(self.hyper, seed)
+        network = _filled(self.spec.name, self.hyper, tensors).to(self._device, self._dtype)
+        readout = torch.tensor(tensors[_READOUT], dtype=self._dtype, device=self._device).reshape(len(self.hyper.elements), -1)
+        return PaiNNTuning(self.hyper, Module(network, readout), tensors[_REFERENCE], self._finished)
+
+    def with_elements(self, like: Mapping[int, int]) -> PaiNN:
+        """Return a potential in which some elements start as others; see ``Tunable.with_elements``.
+
+        Raises:
+            PotentialError: an element to start from is not known.
+        """
+        hyper, tensors = with_elements(self.spec.name, self.hyper, self.state(), like)
+        return PaiNN(self.spec.name, tensors, described(self._metadata, {}, hyper), str(self._device), self._dtype_name)
+
+    def _finished(self, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> PaiNN:
+        return PaiNN(self.spec.name, tensors, described(self._metadata, facts), str(self._device), self._dtype_name)
 
     def _graph(self, frames: Sequence[Frame]) -> Graph:
         return flattened(self.spec.name, self.hyper.elements, self._species_of, self._lists, frames)
