@@ -6,9 +6,8 @@ The engines are raw ones (Cu-Au clusters in water, of SIZES in turn): each sends
 one process, which waits for all sockets at once; as many Python processes would take from those under test the processor that both need.
 "server" is one `tumbaga serve` with an address for each engine; "private" is one process for each engine with the back end and the wire in
 it, which is how it is done without a server (see _private_driver.py). "bound" is the back end alone: a batch of one frame of each engine,
-and the same frames one by one, by turns in one process. Torch has one thread in each process: so the server computes on one core, as the
-bound does, and private drivers on as many as there are. With --device cpu,cpu the server has two evaluators, and the bound is that of two
-processes at once that share the frames.
+and the same frames one by one, by turns, in as many processes at once as the server has evaluators, which share the frames. Torch has one
+thread in each process. As users have it (--device auto), the server has an evaluator for each core; with --device cpu it has one.
 
 For each number of engines the three are measured by turns, window after window, each REPETITIONS times, in an order that turns; those that
 are not measured are idle. Engines ask for a while before a window begins, and all answers are awaited before the next one. Figures are
@@ -52,6 +51,8 @@ from _answerers import HERE
 from _machine import described
 from _raw_engines import PATIENCE_S, RawEngine, Where, answered, moved, place, run_dir, server, system
 
+from tumbaga.driver import config as configs
+from tumbaga.driver import devices
 from tumbaga.driver.testing import processes_in
 
 BOUND, MARGIN, SLOWEST = 0.9, 0.05, 0.5
@@ -227,9 +228,16 @@ def turns(served: Sequence[RawEngine], driven: Sequence[RawEngine], alone: Alone
     return rates
 
 
+def evaluators(device: str, number: int) -> int:
+    """How many the server has with so many engines."""
+    asked = configs.Config(
+        serve=configs.Serve(connect=("unix:any",) * number), potential=configs.Potential(device=device), learn=configs.Learn(enabled=False)
+    )
+    return len(devices.of_run(asked))
+
+
 def measured(model: str, device: str, number: int, length: Length) -> Row:
     """One line of the table."""
-    devices = device.split(",")
     with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as made, contextlib.ExitStack() as last:
         folder = Path(made)
         shared, own = tenants(folder, "shared", number), tenants(folder, "own", number)
@@ -238,7 +246,7 @@ def measured(model: str, device: str, number: int, length: Length) -> Row:
             window(served, length)  # memory is what it is after some work
             server_mib = pss([pid for pid, _ in processes_in(run_dir(shared))])
             pids, driven = last.enter_context(answered(private(model, own), own))
-            alone = first.enter_context(contextlib.closing(Alone(model, shared, len(devices))))
+            alone = first.enter_context(contextlib.closing(Alone(model, shared, evaluators(device, number))))
             compare(served, driven)
             rates = turns(served, driven, alone, length)
         # the server and the back end alone are gone

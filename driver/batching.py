@@ -9,11 +9,12 @@ has, and no session is starved.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Final, Protocol
 
 TARGET_S: Final = 0.1
-_FIRST = 4096  # atoms, until something is known
+_FIRST = 128  # atoms, until something is known
 _MOST = 1 << 20
 _SLOWER, _FASTER = 0.7, 1.25
 _PATIENT = 500  # full batches that must have gone well before the limit of memory is tried a little further
@@ -21,6 +22,7 @@ _FURTHER = 1.1
 _SHARE = 0.1  # of the time of a batch that the next one may wait
 _LATE = 2.0  # a session that takes so many times as long as usual is not waited for any more
 _LEARN = 0.2  # weight of what was seen last
+_SLOWEST = 0.6  # of the mean rate, where evaluators share frames of different sizes
 _EACH = 16  # atoms' worth of what a frame costs whatever its size: about as much with the embedded potential
 
 
@@ -93,6 +95,30 @@ class Returns:
             return 0.0
         due = [answered + _LATE * self._thinks[name] for name, answered in self._away.items() if name in self._thinks]
         return max([moment - now for moment in due if now < moment <= limit], default=0.0)
+
+
+def split(atoms: Sequence[int], evaluators: int) -> int:
+    """Return how many of these frames the first of several free evaluators takes, so that small ones do not wait for large ones.
+
+    All frames of a batch are answered together. So its frames are to be of like size, and small ones be back sooner: that makes more steps a
+    second, and keeps itself up, since who was answered together comes back together. Each evaluator takes as many frames, unless the slowest
+    sessions had less than `_SLOWEST` of the mean rate then: in that case the rates are made as equal as can be.
+
+    Args:
+        atoms: of each frame, ascending; at least one.
+        evaluators: that are free, at least 2; the others share the rest.
+    """
+    sums = list(itertools.accumulate(_EACH + one for one in atoms))
+
+    def slowest(count: int) -> float:
+        """Over the mean rate."""
+        fast, slow = 1.0 / sums[count - 1], (evaluators - 1) / (sums[-1] - sums[count - 1])
+        return min(fast, slow) * len(sums) / (count * fast + (len(sums) - count) * slow)
+
+    equal = -(-len(sums) // evaluators)
+    if equal == len(sums) or slowest(equal) >= _SLOWEST:
+        return equal
+    return max(range(1, len(sums)), key=slowest)
 
 
 class Item(Protocol):

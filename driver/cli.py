@@ -133,7 +133,7 @@ def serve(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, or several: cuda:0,cuda:1 makes two evaluators.")
+        str | None, typer.Option("--device", metavar="NAME", help="auto (a GPU, else the free cores), cpu, cuda, or several: cuda:0,cuda:1 makes two evaluators.")
     ] = None,
     run_dir: RunDirOption = None,
     no_learn: NoLearnOption = False,

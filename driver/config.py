@@ -51,7 +51,8 @@ class Potential(_Section, frozen=True):
     Attributes:
         model: e.g. "painn:cuau-water", "toy:lj".
         template: structure file with the species, in the order of the engine (any format of ASE); empty if INIT tells them.
-        device: "auto", "cpu", "cuda", or several for as many evaluators that share the work: "cuda:0,cuda:1".
+        device: "auto" (a GPU if there is one, else the free cores of the CPU, an evaluator each), "cpu", "cuda", or several for as many
+            evaluators that share the work: "cuda:0,cuda:1".
         dtype: "float32" or "float64".
     """
 
@@ -62,7 +63,7 @@ class Potential(_Section, frozen=True):
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The device of each evaluator."""
+        """The devices as they are written; see `tumbaga.driver.devices` for what "auto" becomes."""
         return tuple(name.strip() for name in self.device.split(","))
 
 

@@ -127,9 +127,9 @@ def warm_up(slot: Slot, template: Frame | None) -> float | None:
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Load the potential, say so, answer batches until told to leave."""
     process.keep_memory()
-    name = sys.argv[2]
+    name, device = sys.argv[2:4]
     settings = configs.load(run_dir).potential
-    slot = Slot(registry.load(settings.model, settings.devices[int(name.rpartition("-")[2])], settings.dtype))
+    slot = Slot(registry.load(settings.model, device, settings.dtype))
     if members := configs.load(run_dir).serve.committee:
         slot.need_committee(members)
     template = structures.read_frame(settings.template) if settings.template else None

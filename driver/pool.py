@@ -222,9 +222,12 @@ class Pool:
         if first.alone:
             return [first]
         able = [job for job in able if not job.alone]
-        total = sum(job.atoms for job in able)
-        most = min(self.cap.atoms, -(-total // evaluators))
-        return able if total <= most else [able[place] for place in batching.chosen(able, most)]
+        if evaluators > 1:
+            able.sort(key=lambda job: job.atoms)
+            able = able[: batching.split([job.atoms for job in able], evaluators)]
+        if sum(job.atoms for job in able) <= self.cap.atoms:
+            return able
+        return [able[place] for place in batching.chosen(able, self.cap.atoms)]
 
     def _left(self, jobs: list[Job]) -> None:
         """These frames are with an evaluator now."""

@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import process
+from tumbaga.driver import devices, process
 from tumbaga.driver.children import Child
 from tumbaga.driver.engines import FOLDER, Engine
 from tumbaga.driver.errors import ConfigError, DriverError
@@ -330,9 +330,9 @@ def _children(path: Path, settings: configs.Config) -> list[Child]:
     made = [
         Child("gateway", "tumbaga.driver.gateway", path, process.monotonic),
     ]
-    for index in range(len(settings.potential.devices)):
+    for index, device in enumerate(devices.of_run(settings)):
         name = f"evaluator-{index}"
-        made.append(Child(name, "tumbaga.driver.evaluator", path, process.monotonic, (name,)))
+        made.append(Child(name, "tumbaga.driver.evaluator", path, process.monotonic, (name, device)))
     if settings.learn.enabled:
         made.append(Child("learner", "tumbaga.driver.learner_process", path, process.monotonic))
         names = [f"label-{i}" for i in range(settings.label.workers)]
