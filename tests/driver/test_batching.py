@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tumbaga.driver.batching import TARGET_S, Cap, Returns, Turns, chosen
+from tumbaga.driver.batching import TARGET_S, Cap, Returns, Turns, chosen, split
 from tumbaga.driver.evaluator import out_of_memory
 
 
@@ -166,3 +166,20 @@ def test_nobody_waits_for_a_session_that_was_never_seen_to_come_back() -> None:
 )
 def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
     assert out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize(
+    ("atoms", "evaluators", "count"),
+    [
+        ([13, 13, 20, 20, 38, 38, 55, 55], 2, 4),
+        ([38] * 8, 2, 4),
+        ([38] * 9, 3, 3),
+        ([38], 2, 1),
+        ([38, 38], 3, 1),
+        ([13] * 7 + [1000], 2, 7),
+        ([1, 1, 1000, 1000], 2, 3),
+    ],
+)
+def test_evaluators_share_frames_by_size(atoms: list[int], evaluators: int, count: int) -> None:
+    """Equal numbers of frames, small ones together; where a large one would hold up many, those share the time instead."""
+    assert split(atoms, evaluators) == count

@@ -424,3 +424,14 @@ def test_a_large_frame_waits_for_its_turn_and_then_goes_alone(pool: Pool, line: 
 
     assert {tuple(counts) for counts in batches} == {(1000,), (10,)}
     assert batches.count([1000]) == pytest.approx(399 * 26 / (1016 + 26), abs=1)  # each frame costs as 16 atoms more
+
+
+def test_small_frames_do_not_wait_for_large_ones(pool: Pool, line: Line) -> None:
+    """Two free evaluators take frames of like size each, whatever the order in which they came."""
+    pool.ready("e", ready(1))
+    pool.ready("f", ready(2, name="f"))
+    for name, atoms in (("a", 55), ("b", 13), ("c", 38), ("d", 20)):
+        pool.add(job(name, atoms=atoms))
+    pool.dispatch()
+
+    assert [(to, message.counts) for to, message in line.take() if isinstance(message, bus.Evaluate)] == [("e", [13, 20]), ("f", [38, 55])]
