@@ -40,6 +40,7 @@ import numpy as np
 from _machine import described
 from _raw_engines import Array, RawEngine, answered, moved, place, server, system
 
+from tumbaga.driver import process
 from tumbaga.driver.backends import registry
 from tumbaga.driver.slot import BASE, Answer, Slot
 from tumbaga.online.records import Frame
@@ -183,6 +184,7 @@ def main() -> int:
     options = parser.parse_args()
     length = Length(20, 25) if options.quick else Length(60, 50)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
+    process.keep_memory()  # as the evaluator does
     rows = []
     print(HEAD)
     for model in (options.model,) if options.model else MODELS:
