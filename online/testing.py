@@ -1,18 +1,22 @@
-"""For tests of any room or back end: an exact toy potential with a linear readout, labels made by it, and the conformance checks of the ports.
+"""For tests of any room or back end: an exact toy potential with a linear readout, and labels made by it.
 
-Numpy only. The toy is slow and exact to rounding: the reference that everything else is held against.
+Numpy only. The toy is slow and exact to rounding: the reference that everything else is held against. The checks of the ports are in
+``tumbaga.online.conformance``; their names are here, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from tumbaga.online.errors import BadFrameError, OnlineError
-from tumbaga.online.ports import ForceRows, Potential, PotentialSpec, Trainable
+from tumbaga.online.conformance import ConformanceError, Tolerances, check_potential, check_trainable
+from tumbaga.online.errors import BadFrameError
+from tumbaga.online.ports import ForceRows, Potential, PotentialSpec
 from tumbaga.online.records import Array, Frame, Ints, Label, Prediction
+
+__all__ = ["ConformanceError", "Tolerances", "ToyTrainable", "check_potential", "check_trainable", "label_from"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +55,8 @@ class ToyTrainable:
         return ToyTrainable(self.elements, weights, self.cutoff, self.n_gaussians, self.core)
 
     def readout(self) -> Array:
-        """Return its weights, shape (n_columns,), eV."""
-        return np.zeros(self.spec.n_columns) if self.weights is None else self.weights
+        """Return its weights, shape (n_columns,), eV; a copy."""
+        return np.zeros(self.spec.n_columns) if self.weights is None else self.weights.copy()
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -178,142 +182,3 @@ def label_from(potential: Potential, frame: Frame, offsets: Mapping[int, float] 
     said = potential.predict([frame])[0]
     offset = sum((offsets or {}).get(int(z), 0.0) for z in frame.numbers)
     return Label(said.energy + offset, said.forces, method, 0.0)
-
-
-class ConformanceError(OnlineError, AssertionError):
-    """An implementation breaks its port's contract; the message says which sentence of it."""
-
-    def __init__(self, claim: str, worst: float, allowed: float) -> None:
-        super().__init__(claim, worst, allowed)
-        self.claim, self.worst, self.allowed = claim, worst, allowed
-
-    def __str__(self) -> str:
-        return f"{self.claim}: off by {self.worst:.3g}, {self.allowed:.3g} is allowed"
-
-
-@dataclass(frozen=True)
-class Tolerances:
-    """What the checks allow; the defaults suit a float64 back end.
-
-    Attributes:
-        displacement: step of the finite differences, Å (and strain); raise it to about 1e-2 for a float32 back end.
-        gradient: forces (eV/Å) and virials (eV) against finite differences, plus the same fraction of the largest.
-        same: energies (eV), forces and virials that must agree because the physics is the same.
-    """
-
-    displacement: float = 1e-4
-    gradient: float = 1e-5
-    same: float = 1e-9
-
-
-def check_potential(potential: Potential, frames: Sequence[Frame], tolerances: Tolerances | None = None) -> None:
-    """Hold a potential against its port on frames of its own elements, best of different sizes.
-
-    Shapes, finite numbers, forces and virial as derivatives of the energy, one batch as several single calls, and invariance under
-    translation, rotation and the order of the atoms.
-
-    Raises:
-        ConformanceError: the first claim that fails.
-    """
-    allow = tolerances or Tolerances()
-    together = potential.predict(frames)
-    _demand("one prediction a frame", abs(len(together) - len(frames)), 0)
-    for frame, said in zip(frames, together, strict=True):
-        _check_shapes(potential, frame, said)
-        _agree("a batch gives what single calls give", potential.predict([frame])[0], said, allow.same)
-        _check_symmetries(potential, frame, said, allow.same)
-        _check_gradients(potential, frame, said, allow)
-
-
-def check_trainable(trainable: Trainable, frames: Sequence[Frame], tolerances: Tolerances | None = None, seed: int = 0) -> None:
-    """Hold a trainable against its port: all of `check_potential`, and that its readout is linear as declared.
-
-    Raises:
-        ConformanceError: the first claim that fails.
-    """
-    allow = tolerances or Tolerances()
-    check_potential(trainable, frames, tolerances)
-    weights, spec = trainable.readout(), trainable.spec
-    _demand("the readout has n_columns weights", abs(weights.size - spec.n_columns), 0)
-    _demand("the state is not empty", 0 if trainable.state() else 1, 0)
-    # weights of the same size as its own: a float32 back end's rounding is relative to them
-    size = float(np.abs(weights).mean()) or 1.0
-    others = weights + size * np.random.default_rng(seed).standard_normal((len(frames), spec.n_columns))
-    own = trainable.predict(frames)
-    for frame, mine, theirs, other in zip(frames, own, trainable.predict(frames, others), others, strict=True):
-        model = trainable.force_rows(frame)
-        for readout, said in ((weights, mine), (other, theirs)):
-            linear = (model.rows @ readout).reshape(-1, 3) + model.forces_fixed
-            scale = 1.0 + float(np.abs(said.forces).max())
-            _demand("F = rows @ w + forces_fixed", np.abs(linear - said.forces).max(), allow.same * scale)
-            energy = float(model.phi @ readout) + model.energy_fixed
-            _demand("E = phi · w + energy_fixed", abs(energy - said.energy), allow.same * (1.0 + abs(energy)))
-        if mine.features is None:
-            raise ConformanceError("features come with every prediction", np.inf, 0)
-        _check_features(mine.features, frame, model, spec, allow.same)
-
-
-def _check_features(features: Array, frame: Frame, model: ForceRows, spec: PotentialSpec, tolerance: float) -> None:
-    blocks = np.concatenate([features[frame.numbers == z].sum(axis=0) for z in spec.elements])
-    _demand("phi is the features summed in element blocks", np.abs(blocks - model.phi).max(), tolerance * (1.0 + np.abs(model.phi).max()))
-
-
-def _check_shapes(potential: Potential, frame: Frame, said: Prediction) -> None:
-    _demand("forces have shape (n_atoms, 3)", float(said.forces.shape != (len(frame), 3)), 0)
-    _demand("the virial has shape (3, 3)", float(said.virial.shape != (3, 3)), 0)
-    _demand("arrays are float64", float(said.forces.dtype != np.float64 or said.virial.dtype != np.float64), 0)
-    _demand("predictions of sound frames are finite", float(not said.finite), 0)
-    if said.features is not None:
-        _demand("features have shape (n_atoms, n_hidden)", float(said.features.shape != (len(frame), potential.spec.n_hidden)), 0)
-
-
-def _check_symmetries(potential: Potential, frame: Frame, said: Prediction, tolerance: float) -> None:
-    moved = replace(frame, positions=frame.positions + np.array([0.31, -0.17, 0.23]))
-    _agree("a translation changes nothing", potential.predict([moved])[0], said, tolerance)
-    # a quarter turn is exact, so it needs a general rotation on top of it to be a test
-    turn = np.linalg.qr(np.array([[1.0, 0.4, -0.2], [0.3, 1.0, 0.5], [-0.6, 0.1, 1.0]]))[0]
-    turned = replace(frame, positions=frame.positions @ turn.T, cell=frame.cell @ turn.T)
-    expected = Prediction(said.energy, said.forces @ turn.T, turn @ said.virial @ turn.T)
-    _agree("a rotation turns forces and virial", potential.predict([turned])[0], expected, tolerance)
-    back = np.arange(len(frame))[::-1]
-    mirrored = replace(frame, numbers=frame.numbers[back], positions=frame.positions[back])
-    expected = Prediction(said.energy, said.forces[back], said.virial)
-    _agree("the order of the atoms does not matter", potential.predict([mirrored])[0], expected, tolerance)
-
-
-def _check_gradients(potential: Potential, frame: Frame, said: Prediction, allow: Tolerances) -> None:
-    h = allow.displacement
-
-    def slope(plus: Frame, minus: Frame) -> float:
-        one, other = potential.predict([plus, minus])
-        return (one.energy - other.energy) / (2 * h)
-
-    scale = 1.0 + float(np.abs(said.forces).max())
-    for atom in range(min(len(frame), 3)):
-        for axis in range(3):
-            push = np.zeros_like(frame.positions)
-            push[atom, axis] = h
-            plus, minus = replace(frame, positions=frame.positions + push), replace(frame, positions=frame.positions - push)
-            _demand("forces are -dE/dR", abs(slope(plus, minus) + said.forces[atom, axis]), allow.gradient * scale)
-    scale = 1.0 + float(np.abs(said.virial).max())
-    for axis, other in ((0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (2, 0)):
-        strain = np.zeros((3, 3))
-        strain[axis, other] += 0.5 * h
-        strain[other, axis] += 0.5 * h
-        plus, minus = (
-            replace(frame, positions=frame.positions @ deformed, cell=frame.cell @ deformed)
-            for deformed in (np.eye(3) + strain, np.eye(3) - strain)
-        )
-        _demand("the virial is -dE/dstrain", abs(slope(plus, minus) + said.virial[axis, other]), allow.gradient * scale)
-    _demand("the virial is symmetric", float(np.abs(said.virial - said.virial.T).max()), allow.gradient * scale)
-
-
-def _agree(claim: str, one: Prediction, other: Prediction, tolerance: float) -> None:
-    for mine, theirs in ((one.energy, other.energy), (one.forces, other.forces), (one.virial, other.virial)):
-        gap = float(np.abs(np.asarray(mine) - theirs).max())
-        _demand(claim, gap, tolerance * (1.0 + float(np.abs(theirs).max())))
-
-
-def _demand(claim: str, worst: float, allowed: float) -> None:
-    if not worst <= allowed:  # nan fails
-        raise ConformanceError(claim, float(worst), float(allowed))
