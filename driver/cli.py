@@ -1,4 +1,4 @@
-"""The command line: run, serve, status, stop, doctor. Every mistake of a user is one sentence and an exit code."""
+"""The command line: run, serve, status, stop, doctor, evaluate. Every mistake of a user is one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from tumbaga.driver import cli_evaluate
 from tumbaga.driver import config as configs
 from tumbaga.driver.errors import ConfigError, DriverError, RunDirError
 
@@ -133,7 +134,10 @@ def serve(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", metavar="NAME", help="auto (a GPU, else the free cores), cpu, cuda, or several: cuda:0,cuda:1 makes two evaluators.")
+        str | None,
+        typer.Option(
+            "--device", metavar="NAME", help="auto (a GPU, else the free cores), cpu, cuda, or several: cuda:0,cuda:1 makes two evaluators."
+        ),
     ] = None,
     run_dir: RunDirOption = None,
     no_learn: NoLearnOption = False,
@@ -240,6 +244,9 @@ def doctor() -> None:
         typer.echo(f"{'ok  ' if finding.good else 'BAD '} {finding.what}: {finding.said}")
     if not all(finding.good for finding in findings):
         raise typer.Exit(EXIT_FAILED)
+
+
+app.command()(cli_evaluate.evaluate)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------------------------
