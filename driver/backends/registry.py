@@ -34,6 +34,8 @@ class Kind(NamedTuple):
 
 
 KINDS: Final = {
+    "chgnet": Kind(f"{_HERE}.chgnet:load_backend", f"{_HERE}.chgnet_files"),
+    "mace": Kind(f"{_HERE}.mace:load_backend", f"{_HERE}.mace_files"),
     "painn": Kind(f"{_HERE}.painn:load_backend", f"{_HERE}.painn_files"),
     "sevennet": Kind(f"{_HERE}.sevennet:load_backend", f"{_HERE}.sevennet_files"),
     "toy": Kind(f"{_HERE}.toy:load_backend", f"{_HERE}.toy"),
