@@ -34,6 +34,7 @@ class Kind(NamedTuple):
 
 
 KINDS: Final = {
+    "aenet": Kind(f"{_HERE}.aenet:load_backend", f"{_HERE}.aenet_names"),
     "chgnet": Kind(f"{_HERE}.chgnet:load_backend", f"{_HERE}.chgnet_files"),
     "mace": Kind(f"{_HERE}.mace:load_backend", f"{_HERE}.mace_files"),
     "painn": Kind(f"{_HERE}.painn:load_backend", f"{_HERE}.painn_files"),
