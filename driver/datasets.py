@@ -173,15 +173,15 @@ def _one(results: Mapping[str, Any], chosen: str, known: Sequence[str], what: st
     if chosen:
         if results.get(chosen) is None:
             names = ", ".join(sorted(map(str, results))) or "nothing"
-            raise BadFrameError(what, f"is not there under the name {chosen!r}; the frame has {names:.300}")
+            raise BadFrameError("it", f"has no {what} of the name {chosen!r}; it has {names:.300}")
         return results[chosen]
     there = [name for name in known if results.get(name) is not None]
     if not there:
-        raise BadFrameError(what, f"is missing; names that are tried are {', '.join(known)}, another is told with --{what}-key")
+        raise BadFrameError("it", f"has no {what}; names that are tried are {', '.join(known)}, another is told with --{what}-key")
     first = np.asarray(results[there[0]])
     for other in there[1:]:
         if not np.array_equal(first, np.asarray(results[other])):
-            raise BadFrameError(what, f"stands there as {there[0]} and, with other numbers, as {other}; choose with --{what}-key")
+            raise BadFrameError("it", f"has {what} as {there[0]} and, with other numbers, as {other}; choose with --{what}-key")
     return results[there[0]]
 
 
@@ -189,13 +189,13 @@ def _numbers(value: Any, what: str, shape: tuple[int, ...]) -> Array:
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise BadFrameError(what, f"is not made of numbers ({value!s:.60})") from error
+        raise BadFrameError(what, f"cannot be read as numbers ({value!s:.60})") from error
     if array.shape != shape and array.size == 1 and shape == ():
         array = array.reshape(())
     if array.shape != shape:
-        raise BadFrameError(what, f"has shape {array.shape}, expected {shape}")
+        raise BadFrameError("it", f"has {what} of shape {array.shape}, expected {shape}")
     if not np.isfinite(array).all():
-        raise BadFrameError(what, "holds a number that is not finite")
+        raise BadFrameError("it", f"has {what} with a number that is not finite")
     return array
 
 
@@ -207,7 +207,7 @@ def _virial(results: Mapping[str, Any], chosen: str, frame: Frame) -> Array | No
     found = next((name for name in names if results.get(name) is not None), "")
     if not found:
         if chosen:
-            raise BadFrameError("stress", f"is not there under the name {chosen!r}")
+            raise BadFrameError("it", f"has no stress of the name {chosen!r}")
         return None
     tensor = _tensor(results[found])
     return tensor if "virial" in found.lower() else -tensor * abs(float(np.linalg.det(frame.cell)))

@@ -61,11 +61,11 @@ def write(folder: Path, judged: Sequence[Judged], added: Offsets) -> list[Path]:
 
 def _energies(judged: Sequence[Judged], added: Offsets) -> Figure:
     figure, (axes,) = _figure(1)
-    said = np.array([(one.energy + added.of(one.frame)) / len(one.frame) for one in judged])
-    true = np.array([one.label.energy / len(one.frame) for one in judged])
-    # what an element's atoms have in common is not what a parity plot is for
-    middle = true.mean()
-    _parity(axes, true - middle, said - middle, "energy, with offsets, less the mean label (eV/atom)")
+    # without what the elements alone make of the labels, all compositions would lie on the diagonal, whatever the potential says
+    atoms = accuracy.per_element([one.frame for one in judged], [one.label.energy for one in judged])
+    said = np.array([(one.energy + added.of(one.frame) - atoms.of(one.frame)) / len(one.frame) for one in judged])
+    true = np.array([(one.label.energy - atoms.of(one.frame)) / len(one.frame) for one in judged])
+    _parity(axes, true, said, "energy, less the elements' (eV/atom)")
     return figure
 
 

@@ -63,11 +63,11 @@ class EnergyError:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Energies per atom of each element between labels and predictions, by least squares.
+    """An energy for each element, by least squares.
 
     Attributes:
         elements: atomic numbers.
-        energies: eV per atom of each, to be added to predictions; of the smallest norm where compositions leave them open.
+        energies: eV per atom of each; of the smallest norm where compositions leave them open.
         rank: how many independent compositions there are; below the number of elements the single values mean nothing, their sums do.
     """
 
@@ -76,7 +76,7 @@ class Offsets:
     rank: int
 
     def of(self, frame: Frame) -> float:
-        """What is to be added to the predicted energy of a frame, eV."""
+        """Their sum over the atoms of a frame, eV."""
         return float(sum(energy * (frame.numbers == z).sum() for z, energy in zip(self.elements, self.energies, strict=True)))
 
 
@@ -137,17 +137,26 @@ def by_magnitude(judged: Sequence[Judged], edges: Sequence[float] = MAGNITUDES) 
     return [(low, high, force_error(judged, [(low <= size) & (size < high) for size in sizes])) for low, high in bins]
 
 
+def per_element(frames: Sequence[Frame], energies: Sequence[float]) -> Offsets:
+    """Return energies of the elements whose sums are nearest to those of the frames, by least squares per atom.
+
+    Args:
+        frames: only their species are read.
+        energies: of each frame, eV.
+    """
+    elements = tuple(sorted({int(z) for frame in frames for z in frame.numbers}))
+    shares = np.array([[(frame.numbers == z).mean() for z in elements] for frame in frames], dtype=np.float64)
+    sizes = np.array([len(frame) for frame in frames])
+    found, _, rank, _ = np.linalg.lstsq(shares, np.asarray(energies, dtype=np.float64) / sizes, rcond=1e-10)
+    return Offsets(elements, tuple(float(energy) for energy in found), int(rank))
+
+
 def offsets(judged: Sequence[Judged]) -> Offsets:
-    """Return the offsets that minimise the squared energy error per atom, one for each element.
+    """Return what is to be added to the predictions for each atom, so that the energy error per atom is smallest.
 
     Labels and potentials count energies from different zeros: of the atoms, of the electrons. No force depends on them.
     """
-    elements = tuple(sorted({int(z) for one in judged for z in one.frame.numbers}))
-    compositions = np.array([[(one.frame.numbers == z).sum() for z in elements] for one in judged], dtype=np.float64)
-    gaps = np.array([(one.label.energy - one.energy) / len(one.frame) for one in judged])
-    compositions /= compositions.sum(axis=1, keepdims=True)
-    energies, _, rank, _ = np.linalg.lstsq(compositions, gaps, rcond=1e-10)
-    return Offsets(elements, tuple(float(energy) for energy in energies), int(rank))
+    return per_element([one.frame for one in judged], [one.label.energy - one.energy for one in judged])
 
 
 def energy_error(judged: Sequence[Judged], added: Offsets | None = None) -> EnergyError:
