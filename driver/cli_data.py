@@ -21,7 +21,7 @@ _READ, _CHOOSE = "How data are read", "Which frames are used"
 
 DataArgument = Annotated[
     list[Path],
-    typer.Argument(metavar="DATA...", help="Labelled frames: .extxyz, .xyz, .db, .json, .aselmdb, .lmdb, or folders of such files."),
+    typer.Argument(metavar="DATA...", help="Labelled frames: .extxyz, .xyz, .db, .json, .aselmdb, .lmdb, .xsf, or folders of such files."),
 ]
 EnergyKeyOption = Annotated[
     str, typer.Option("--energy-key", metavar="NAME", help="Name of the energy, if not a common one.", rich_help_panel=_READ)

@@ -1,4 +1,4 @@
-"""Labelled data sets from files: extended XYZ, ASE databases, OC20's archives, LMDB. One frame after the other, each checked.
+"""Labelled data sets from files: extended XYZ, ASE databases, OC20's archives, LMDB, XSF of ænet. One frame after the other, each checked.
 
     for one in datasets.stream("train.extxyz"):
         print(one.source, one.label.energy)
@@ -19,7 +19,7 @@ import numpy as np
 
 from tumbaga.driver import datasets_ase, datasets_lmdb
 from tumbaga.driver.datasets_raw import Raw
-from tumbaga.driver.errors import DataError
+from tumbaga.driver.errors import ConfigError, DataError
 from tumbaga.online.errors import BadFrameError
 from tumbaga.online.records import Array, Frame, Label, LabelledFrame
 
@@ -37,6 +37,7 @@ FORMATS: Final = {
     ".json": "ASE database",
     ".aselmdb": "ASE rows in LMDB (fairchem)",
     ".lmdb": "pickled S2EF frames in LMDB (OC20)",
+    ".xsf": "XSF of ænet, a frame a file",
 }
 _PACKED: Final = (".gz", ".bz2", ".xz")
 
@@ -142,12 +143,24 @@ def _raws(path: Path, how: Reading) -> Iterator[Raw]:
         return datasets_ase.extxyz(path)
     if form in (".db", ".json"):
         return datasets_ase.database(path)
+    if form == ".xsf":
+        return _xsf(path)
     if form == ".aselmdb":
         return datasets_lmdb.ase_rows(path)
     if not how.pickles:
         told = "holds pickles, which can run code of whoever wrote them; if you trust it, say so with --trust-pickles (Reading.pickles)"
         raise DataError(str(path), told)
     return datasets_lmdb.oc20(path)
+
+
+def _xsf(path: Path) -> Iterator[Raw]:
+    from tumbaga.driver.backends.aenet_xsf import read_xsf
+
+    try:
+        frame, energy, forces = read_xsf(path)
+    except ConfigError as error:
+        raise DataError(str(path), error.problem) from error
+    yield Raw(frame.numbers, frame.positions, frame.cell, [frame.periodic] * 3, {"energy": energy, "forces": forces})
 
 
 def _checked(path: Path, number: int, raw: Raw, how: Reading) -> LabelledFrame:
@@ -172,7 +185,7 @@ def _one(results: Mapping[str, Any], chosen: str, known: Sequence[str], what: st
     """The value of that name, or the only one of the known names."""
     if chosen:
         if results.get(chosen) is None:
-            names = ", ".join(sorted(map(str, results))) or "nothing"
+            names = ", ".join(sorted(str(name) for name, value in results.items() if value is not None)) or "nothing"
             raise BadFrameError("it", f"has no {what} of the name {chosen!r}; it has {names:.300}")
         return results[chosen]
     there = [name for name in known if results.get(name) is not None]

@@ -122,6 +122,33 @@ def test_rows_of_fairchem_in_lmdb(tmp_path: Path, truth: list[Atoms], arrays: Ca
     assert os.listdir(tmp_path) == ["set.aselmdb"]
 
 
+def test_xsf_of_aenet(tmp_path: Path, truth: list[Atoms]) -> None:
+    """A folder of XSF files, one frame each, is a data set; one without an energy, or that is no XSF, is named."""
+    for number, atoms in enumerate(truth):
+        rows = np.concatenate([atoms.positions, atoms.calc.results["forces"]], axis=1)
+        lines = [f"# total energy = {atoms.calc.results['energy']:.12f} eV", "", "CRYSTAL", "PRIMVEC"]
+        lines += [" ".join(f"{value:.12f}" for value in row) for row in atoms.cell.array] + ["PRIMCOORD", "4 1"]
+        lines += [f"{symbol} " + " ".join(f"{value:.12f}" for value in row) for symbol, row in zip(atoms.symbols, rows, strict=True)]
+        (tmp_path / f"structure{number}.xsf").write_text("\n".join(lines) + "\n")
+        del atoms.calc.results["stress"]  # the format has none
+
+    found = datasets.read(tmp_path)
+
+    for one, atoms in zip(found, truth, strict=True):
+        assert one.frame.periodic
+        assert one.label.virial is None
+        np.testing.assert_allclose(one.frame.cell, atoms.cell.array, atol=1e-10)
+        np.testing.assert_array_equal(one.frame.numbers, atoms.numbers)
+        assert one.label.energy == pytest.approx(atoms.calc.results["energy"], abs=1e-10)
+        np.testing.assert_allclose(one.label.forces, atoms.calc.results["forces"], atol=1e-10)
+    (tmp_path / "structure1.xsf").write_text("ATOMS\nO 0 0 0 0 0 0\n")
+    with pytest.raises(DataError, match=r"structure1.xsf, frame 0 \(the first is 0\): it has no energy"):
+        datasets.read(tmp_path)
+    (tmp_path / "structure1.xsf").write_text("no XSF")
+    with pytest.raises(DataError, match=r"structure1.xsf: is no structure in the XSF form"):
+        datasets.read(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["s2ef.txt", "s2ef.txt.xz"])
 @pytest.mark.parametrize("structures", ["s2ef.extxyz", "s2ef.extxyz.xz"])
 def test_reference_energies_of_oc20_are_taken_off(tmp_path: Path, truth: list[Atoms], structures: str, text: str) -> None:
