@@ -8,9 +8,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # SevenNet does not go together with other guests: an environment of its own
 GUEST  := .venv-sevennet
+# neither does MACE
+MACE   := .venv-mace
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test fast lint sevennet help clean
+.PHONY: demo test fast lint sevennet mace help clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +42,10 @@ sevennet: $(GUEST)/installed  ## the tests of the SevenNet back end, in an envir
 	@echo "== tests of the SevenNet back end"
 	$(GUEST)/bin/pytest -q tests/driver/test_sevennet.py
 
+mace: $(MACE)/installed  ## the tests of the MACE back end, in an environment of its own
+	@echo "== tests of the MACE back end"
+	$(MACE)/bin/pytest -q tests/driver/test_mace.py
+
 $(BIN)/python:
 	@echo "== environment in $(VENV)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tumbaga needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -61,5 +67,11 @@ $(GUEST)/installed: $(VENV)/installed
 	$(GUEST)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt -e '.[sevennet]' pytest pytest-timeout psutil
 	@touch $@
 
+$(MACE)/installed: $(BIN)/python pyproject.toml constraints-mace.txt
+	@echo "== environment in $(MACE)"
+	$(BIN)/python -m venv $(MACE)
+	$(MACE)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints-mace.txt -e '.[mace]' pytest pytest-timeout psutil
+	@touch $@
+
 clean:  ## remove the environments and everything built
-	rm -rf $(VENV) $(GUEST) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(GUEST) $(MACE) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
