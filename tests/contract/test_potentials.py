@@ -10,9 +10,10 @@ from ase import Atoms
 from ase.calculators.lj import LennardJones as AseLennardJones
 
 from tumbaga.driver.backends import registry
+from tumbaga.online.conformance import check_potential, check_trainable
 from tumbaga.online.ports import Potential
 from tumbaga.online.records import Frame
-from tumbaga.online.testing import ToyTrainable, check_potential, check_trainable
+from tumbaga.online.testing import ToyTrainable
 
 SPREAD = 3.6  # Å between neighbours: near the minimum of the default Lennard-Jones pair
 
@@ -34,8 +35,9 @@ FRAMES = [cluster(1, 0), cluster(2, 1), cluster(7, 2), boxed(5, 3)]
 
 @pytest.mark.parametrize("name", ["toy:zero", "toy:lj", "toy:lj?epsilon=0.2&sigma=2.9", "toy:nan?after=1000000"])
 def test_a_toy_conforms(name: str) -> None:
-    """Each toy keeps every promise of the port, on clusters and in a wide box."""
-    check_potential(registry.load(name), FRAMES)
+    """Each toy keeps every promise of the port that it makes, on clusters and in a wide box."""
+    load, rest = registry.loader(name)
+    check_potential(registry.load(name), FRAMES, load=load, rest=rest)
 
 
 def test_the_exact_toy_conforms_in_four_elements() -> None:
