@@ -60,3 +60,25 @@ class VersionError(OnlineError):
 
     def __str__(self) -> str:
         return f"version file {self.path} {self.problem}"
+
+
+class TrainingError(OnlineError):
+    """A training cannot be done, or not gone on with, as it was asked for."""
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(what, problem)
+        self.what, self.problem = what, problem
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.problem}"
+
+
+class TrainingStoppedError(OnlineError):
+    """A training was told to stop; what it has done is on disk."""
+
+    def __init__(self, folder: str, epoch: int) -> None:
+        super().__init__(folder, epoch)
+        self.folder, self.epoch = folder, epoch
+
+    def __str__(self) -> str:
+        return f"the training in {self.folder} was stopped in epoch {self.epoch}; it can go on from there"
