@@ -112,5 +112,8 @@ def read(paths: Sequence[Path], how: Reading, skip_bad: bool, bars: Bars) -> lis
             found.append(one)
             bars("reading")
     if left:
-        typer.echo(f"left out {len(left)} frame{'s' * (len(left) > 1)} that are not fit for use; the first: {left[0]}", err=True)
+        typer.echo(
+            f"left out {len(left)} frame{'s' * (len(left) > 1)} that {'is' if len(left) == 1 else 'are'} not fit for use; the first: {left[0]}",
+            err=True,
+        )
     return found
