@@ -82,6 +82,8 @@ def evaluate(
                 softening.check(potential, len(chosen), labels)
             layer = evaluating.last_layer_of(potential, file) if uncertain_frames else None
             bars.expect("predicting", len(chosen))
+            if layer is not None:
+                bars.expect("uncertainties", min(uncertain_frames, len(chosen)))
             report, judged = evaluating.evaluate(potential, chosen, layer, uncertain_frames, seed, batch_atoms, bars)
             fix = softening.try_scale(softening.trainable(potential), judged, labels, seed) if fix_softening else None
             written = (
