@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from tumbaga.online.bonds import BondWatch
 from tumbaga.online.guards import QUIET, Finding, Verdict
 from tumbaga.online.records import Array, Frame, Ints, Prediction
 
@@ -33,6 +34,7 @@ class SequenceWatch:
 
     def _restart(self) -> None:
         self._seen = 0
+        self._bonds = BondWatch()
         self._positions: Array = np.zeros((0, 3))
         self._energy = 0.0
         self._elements: Ints = np.zeros(0, np.int64)
@@ -63,7 +65,7 @@ class SequenceWatch:
             _, self._elements, counts = np.unique(frame.numbers, return_inverse=True, return_counts=True)
             self._counts, self._squares = counts.astype(np.float64), np.zeros(len(counts))
         self._numbers = frame.numbers
-        found = [self._by_force(frame, prediction)]
+        found = [self._by_force(frame, prediction), self._bonds.check(frame)]
         if len(self._positions):
             found += [self._by_step(frame), self._by_energy(prediction.energy - self._energy - swap_work)]
         self._positions, self._energy = frame.positions, prediction.energy
