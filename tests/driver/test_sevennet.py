@@ -24,16 +24,15 @@ from tumbaga.driver.errors import PotentialError
 from tumbaga.driver.slot import Slot
 from tumbaga.driver.structures import read_frame
 from tumbaga.online import versions
+from tumbaga.online.conformance import CHECKS, Check, Subject, Tolerances
 from tumbaga.online.errors import VersionError
 from tumbaga.online.ports import Trainable
 from tumbaga.online.records import Frame, Prediction
-from tumbaga.online.testing import Tolerances, check_trainable
 
 ELEMENTS = (1, 8, 29, 79)
 LEARNS, SERVES = "sevennet:7net-0?elements=Cu,Au,O,H", "sevennet:7net-0"
-STEP = 1e-3  # Å, central differences: an error of about 1e-6 of the third derivative
 SINGLE = 1e-4  # eV and eV/Å: float32 inside the network, energies of some ten eV
-EXACT = 1e-9  # float64 sums in another order
+ALLOWED = Tolerances(1e-3, 1e-4, 1e-5, SINGLE)  # the rotations inside have float32 constants, and the network bends slowly
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +99,6 @@ def shown(said: Prediction) -> npt.NDArray[np.float64]:
     return said.features
 
 
-FRAMES = pytest.mark.parametrize("frame", [cluster(), crystal()], ids=["cluster", "crystal"])
-
-
 # -- without the package ---------------------------------------------------------------------------------------------------------------
 
 
@@ -156,111 +152,6 @@ def test_it_says_what_its_own_calculator_says(single: Any, serving: Any, own: An
             np.testing.assert_allclose(-said.virial / atoms.get_volume(), atoms.get_stress(voigt=False), atol=SINGLE / 10)
 
 
-def test_a_batch_says_what_its_frames_say_alone(double: Any) -> None:
-    """Frames of different sizes, with and without a cell, do not feel one another."""
-    frames = [cluster(), crystal(), few([8], [[0.0, 0.0, 0.0]]), primitive(), cluster(3)]
-    for together, frame in zip(double.predict(frames), frames, strict=True):
-        alone = double.predict([frame])[0]
-        assert together.energy == pytest.approx(alone.energy, abs=EXACT)
-        np.testing.assert_allclose(together.forces, alone.forces, atol=EXACT)
-        np.testing.assert_allclose(together.virial, alone.virial, atol=EXACT)
-        np.testing.assert_allclose(shown(together), shown(alone), atol=EXACT)
-    assert double.predict([]) == []
-
-
-def test_float32_follows_float64(single: Any, double: Any) -> None:
-    """What is said is float64 in either case, and differs by the rounding of the network."""
-    one, two = single.predict([cluster()])[0], double.predict([cluster()])[0]
-
-    assert one.energy == pytest.approx(two.energy, abs=SINGLE)
-    np.testing.assert_allclose(one.forces, two.forces, atol=SINGLE)
-    assert one.forces.dtype == one.virial.dtype == shown(one).dtype == np.float64
-
-
-@FRAMES
-def test_forces_are_the_slope_of_the_energy(double: Any, frame: Frame) -> None:
-    """Forces agree with central differences of the energy."""
-    frames = []
-    for i in range(len(frame)):
-        for c in range(3):
-            for shift in (STEP, -STEP):
-                positions = frame.positions.copy()
-                positions[i, c] += shift
-                frames.append(moved(frame, positions))
-    energies = np.array([p.energy for p in double.predict(frames)]).reshape(len(frame), 3, 2)
-
-    forces = double.predict([frame])[0].forces
-    assert np.abs(forces).max() > 0.1
-    np.testing.assert_allclose(forces, (energies[..., 1] - energies[..., 0]) / (2 * STEP), atol=1e-4 * np.abs(forces).max())
-
-
-@FRAMES
-def test_the_virial_is_minus_the_slope_along_strain(double: Any, frame: Frame) -> None:
-    """The virial agrees with central differences over the nine strains, symmetrised."""
-    numeric = np.zeros((3, 3))
-    for a in range(3):
-        for b in range(3):
-            sides = []
-            for sign in (1, -1):
-                deform = np.eye(3)
-                deform[a, b] += sign * STEP
-                sides.append(Frame(frame.numbers, frame.positions @ deform, frame.cell @ deform, frame.periodic))
-            up, down = double.predict(sides)
-            numeric[a, b] = -(up.energy - down.energy) / (2 * STEP)
-
-    virial = double.predict([frame])[0].virial
-    np.testing.assert_allclose(virial, 0.5 * (numeric + numeric.T), atol=1e-4 * np.abs(virial).max())
-
-
-def test_the_energy_is_invariant_and_the_forces_turn_along(double: Any) -> None:
-    """Rotation, translation and renumbering change nothing but the axes and the order."""
-    rng, frame = np.random.default_rng(4), cluster()
-    turn, order = np.linalg.qr(rng.normal(size=(3, 3)))[0], rng.permutation(len(frame))
-    turn *= np.linalg.det(turn)  # a rotation: the model knows no reflection
-    plain, turned, shuffled = double.predict(
-        [frame, moved(frame, frame.positions @ turn + 7.0), Frame(frame.numbers[order], frame.positions[order])]
-    )
-
-    # the rotation matrices of the network have float32 constants
-    assert turned.energy == pytest.approx(plain.energy, abs=1e-5)
-    np.testing.assert_allclose(turned.forces, plain.forces @ turn, atol=1e-5)
-    np.testing.assert_allclose(turned.virial, turn.T @ plain.virial @ turn, atol=1e-4)
-    assert shuffled.energy == pytest.approx(plain.energy, abs=EXACT)
-    np.testing.assert_allclose(shuffled.forces, plain.forces[order], atol=EXACT)
-    np.testing.assert_allclose(plain.forces.sum(axis=0), 0.0, atol=EXACT)
-
-
-def test_a_supercell_is_its_cells(double: Any) -> None:
-    """Twice the cell is twice the energy and the same forces, though one of the two is smaller than the cutoff."""
-    frame = crystal()
-    twice = Frame(
-        np.tile(frame.numbers, 2),
-        np.concatenate([frame.positions, frame.positions + frame.cell[1]]),
-        frame.cell * [[1], [2], [1]],
-        periodic=True,
-    )
-    one, two = double.predict([frame, twice])
-
-    assert two.energy == pytest.approx(2 * one.energy, abs=EXACT * 100)
-    np.testing.assert_allclose(two.forces, np.tile(one.forces, (2, 1)), atol=EXACT * 100)
-    np.testing.assert_allclose(two.virial, 2 * one.virial, atol=EXACT * 1000)
-
-
-@pytest.mark.parametrize("number", [1, 29])
-def test_an_atom_alone_feels_nothing(single: Any, number: int) -> None:
-    """No pairs: zero forces and virial, a finite energy, features of the right shape, force rows of zero."""
-    frame = few([number], [[1.0, 2.0, 3.0]])
-    (said,) = single.predict([frame])
-    rows = single.force_rows(frame)
-
-    assert np.isfinite(said.energy)
-    assert not said.forces.any()
-    assert not said.virial.any()
-    assert not rows.rows.any()
-    assert shown(said).shape == (1, single.spec.n_hidden)
-    assert said.energy == pytest.approx(float(rows.phi @ single.readout()) + rows.energy_fixed, abs=EXACT)
-
-
 def test_coinciding_atoms_give_no_finite_lie(single: Any) -> None:
     """Two atoms in one place are answered with non-finite numbers, not with an exception."""
     assert not single.predict([few([1, 8], np.zeros((2, 3)))])[0].finite
@@ -312,50 +203,22 @@ def test_unknown_elements_are_refused_with_a_sentence(single: Any, serving: Any)
 # -- the linear readout ----------------------------------------------------------------------------------------------------------------
 
 
-def test_features_and_readout_give_the_energy(single: Any, double: Any) -> None:
-    """E = phi · w + fixed, with phi summed from the features of a plain prediction."""
-    frame = cluster()
-    for model in (single, double):
-        said, rows = model.predict([frame])[0], model.force_rows(frame)
-        phi = np.zeros((4, model.spec.n_hidden))
-        np.add.at(phi, np.searchsorted(ELEMENTS, frame.numbers), shown(said))
-
-        assert isinstance(model, Trainable)
-        assert model.spec.elements == ELEMENTS
-        assert model.spec.n_columns == model.readout().size == 4 * 64
-        np.testing.assert_allclose(rows.phi, phi.reshape(-1), atol=1e-5)
-        assert said.energy == pytest.approx(float(phi.reshape(-1) @ model.readout()) + rows.energy_fixed, abs=1e-8)
-
-
-@pytest.mark.parametrize("frame", [cluster(), crystal(), primitive()], ids=["cluster", "crystal", "primitive"])
-def test_force_rows_give_the_forces_of_any_readout(double: Any, frame: Frame) -> None:
-    """rows @ w + fixed are the forces under w, whatever w; columns of absent elements are zero."""
-    rows = double.force_rows(frame)
-    for w in (double.readout(), np.random.default_rng(6).normal(size=256)):
-        served = double.predict([frame], w[None])[0]
-        np.testing.assert_allclose((rows.rows @ w).reshape(-1, 3) + rows.forces_fixed, served.forces, atol=1e-8)
-        assert served.energy == pytest.approx(float(rows.phi @ w) + rows.energy_fixed, abs=1e-8)
-    absent = [k for k, z in enumerate(ELEMENTS) if z not in frame.numbers]
-    assert not rows.rows.reshape(-1, 4, 64)[:, absent].any()
-
-
 def test_force_rows_of_float32_are_those_of_float64(single: Any, double: Any) -> None:
     """To single precision: what is learnt does not depend on the dtype that serves."""
     np.testing.assert_allclose(single.force_rows(cluster()).rows, double.force_rows(cluster()).rows, atol=SINGLE)
 
 
-def test_it_keeps_every_promise_of_its_port(double: Any) -> None:
-    """The conformance suite for trainable potentials; a turned frame shows that the network's rotations have float32 constants."""
-    check_trainable(double, [few([8], [[0.0, 0.0, 0.0]]), cluster(), crystal()], Tolerances(1e-3, 1e-4, 1e-5))
+@pytest.fixture(scope="module")
+def subject(double: Any) -> Subject:
+    """In float64, with a frame of one atom whose neighbours are all itself, and one of an atom alone."""
+    load, rest = registry.loader(LEARNS)
+    return Subject(double, [few([8], [[0.0, 0.0, 0.0]]), cluster(), crystal(), primitive()], ALLOWED, load, rest)
 
 
-def test_each_frame_is_served_by_its_own_readout(double: Any) -> None:
-    """One batch, different weights a frame: the ramps of different sessions do not mix."""
-    frames, weights = [cluster(), crystal(), cluster()], np.random.default_rng(7).normal(size=(3, 256))
-    for k, together in enumerate(double.predict(frames, weights)):
-        alone = double.predict([frames[k]], weights[k : k + 1])[0]
-        assert together.energy == pytest.approx(alone.energy, abs=1e-8)
-        np.testing.assert_allclose(together.forces, alone.forces, atol=1e-8)
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_it_keeps_every_promise_of_its_port(check: Check, subject: Subject) -> None:
+    """The conformance suite for a potential that learns."""
+    check(subject)
 
 
 def test_a_version_serves_in_a_slot_and_by_itself(single: Any, tmp_path: Path) -> None:
@@ -373,6 +236,7 @@ def test_a_version_serves_in_a_slot_and_by_itself(single: Any, tmp_path: Path) -
     assert np.isfinite(answer.lpr).all()
     assert isinstance(alone, Trainable)
     assert (alone.spec.elements, alone.spec.n_columns, alone.spec.level) == (ELEMENTS, 256, single.spec.level)
+    assert (alone.spec.licence, alone.spec.dtype) == ("MIT", "float32")
     np.testing.assert_array_equal(alone.readout(), readout)
     np.testing.assert_array_equal(said.forces, answer.prediction.forces)
     with pytest.raises(PotentialError, match="says itself which elements"):
