@@ -263,7 +263,8 @@ def _declared(name: str, metadata: Mapping[str, str]) -> tuple[Hyper, dict[str, 
 
 
 def _filled(name: str, hyper: Hyper, tensors: Mapping[str, np.ndarray]) -> Network:
-    network = Network(hyper)
+    with torch.random.fork_rng(devices=[]):  # its first weights are thrown away; loading must not cost the process random numbers
+        network = Network(hyper)
     own = network.state_dict()
     missing = sorted(set(own) - set(tensors))
     if missing:

@@ -35,6 +35,8 @@ def joined(name: str, members: Sequence[Sequence[ElementNetwork]]) -> tuple[Tens
         PotentialError: they do not belong together; the sentence says why.
     """
     by_member = [_by_symbol(name, networks) for networks in members]
+    if any(set(found) - set(by_member[0]) for found in by_member):
+        raise PotentialError(name, "the members of the committee have other elements than the first one")
     symbols = sorted(by_member[0], key=atomic_numbers.__getitem__)
     nets = [[_member(name, found, k, symbol) for symbol in symbols] for k, found in enumerate(by_member, 1)]
     _check(name, symbols, nets)
@@ -128,8 +130,6 @@ def _check(name: str, symbols: Sequence[str], nets: Sequence[Sequence[ElementNet
             shape = [w.shape for w in one.weights], one.activations, one.environment
             if shape != ([w.shape for w in like.weights], like.activations, like.environment):
                 raise PotentialError(name, f"the networks of {one.element} have other layers or species in other members of the committee")
-    if any(len(net) != len(symbols) for net in nets):
-        raise PotentialError(name, "the members of the committee have other elements")
 
 
 def _hyper(symbols: Sequence[str], nets: Sequence[Sequence[ElementNetwork]]) -> Hyper:

@@ -111,10 +111,11 @@ class AenetTuning:
         if not sloped:
             return Trial(energies)
         (gradients,) = torch.autograd.grad(atoms.sum(), vectors, create_graph=create_graph)
+        energies = energies if create_graph else energies.detach()
         pulls = gradients.new_zeros(len(species), 3).index_add(0, first, gradients).index_add(0, second, gradients, alpha=-1)
         if not virials:
             return Trial(energies, pulls)
-        each = -vectors[:, :, None] * gradients[:, None, :]
+        each = -vectors.detach()[:, :, None] * gradients[:, None, :]
         strain = each.new_zeros(len(prepared), 3, 3).index_add(0, _frames([len(one.first) for one in prepared], atoms), each)
         return Trial(energies, pulls if forces else None, 0.5 * (strain + strain.transpose(1, 2)))
 
