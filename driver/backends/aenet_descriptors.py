@@ -20,7 +20,7 @@ Source:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,11 +36,13 @@ class Moments(NamedTuple):
 
     Attributes:
         radial: shape (n_atoms, n_species, n_radial + 1).
-        angular: shape (n_atoms, n_species, (n_angular + 1)² + 1): the harmonics, and the squared cut-off.
+        angular: harmonics, shape (n_atoms, n_species, (n_angular + 1)²).
+        itself: squared cut-offs, shape (n_atoms, n_species, 1).
     """
 
     radial: Tensor
     angular: Tensor
+    itself: Tensor
 
 
 class Fingerprint(nn.Module):
@@ -52,16 +54,30 @@ class Fingerprint(nn.Module):
         weighted: whether the weighted descriptors follow the plain ones.
     """
 
-    spins: Tensor
+    weights: Tensor  # (n_species, 1 or 2, n_species): plain and weighted
     table: Tensor
     pick: Tensor
     squares: Tensor
+    slope: Tensor
+    radial_slope: Tensor
+    powers_slope: Tensor
 
     def __init__(self, basis: Basis, spins: Array, weighted: bool) -> None:
         super().__init__()
         self.basis, self.weighted, self.n_species = basis, weighted, len(spins)
-        table, pick = _harmonic_tables(basis.n_angular)
-        for name, value in (("spins", spins), ("table", table), ("pick", pick), ("squares", _legendre_of_chebyshev(basis.n_angular))):
+        order = basis.n_angular
+        table, pick = _harmonic_tables(order)
+        weights = np.stack([np.ones_like(spins), spins] if weighted else [np.ones_like(spins)], axis=1)
+        derived = {
+            "weights": weights,
+            "table": table,
+            "pick": pick,
+            "squares": _legendre_of_chebyshev(order),
+            "slope": _slope_of_polynomials(order),
+            "radial_slope": _slope_of_polynomials(basis.n_radial),
+            "powers_slope": _slope_of_powers(order),
+        }
+        for name, value in derived.items():
             # they follow from the set-up, so they are no part of the weights
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=False)
 
@@ -87,22 +103,23 @@ class Fingerprint(nn.Module):
     def moments(self, vectors: Tensor, first: Tensor, second: Tensor, species: Tensor) -> Moments:
         """Return the sums over neighbours; arguments as in `forward`."""
         lengths, near = self.near(vectors)
-        bins = first * self.n_species + species[second]
-        return Moments(
-            self._summed(bins, self.radial(lengths), len(species)),
-            self._summed(bins[near], self.angular(vectors[near], lengths[near]), len(species)),
+        bins, n_bins = first * self.n_species + species[second], len(species) * self.n_species
+        columns = self.angular(vectors.index_select(0, near), lengths.index_select(0, near))
+        summed = (
+            vectors.new_zeros(n_bins, self.basis.n_radial + 1).index_add(0, bins, self.radial(lengths)),
+            *torch.split_with_sizes(
+                columns.new_zeros(n_bins, columns.shape[1]).index_add(0, bins[near], columns), [columns.shape[1] - 1, 1], dim=1
+            ),
         )
+        return Moments(*(one.view(len(species), self.n_species, one.shape[1]) for one in summed))
 
     def descriptors(self, moments: Moments, species: Tensor) -> Tensor:
         """Return the descriptors behind these sums, shape (n_atoms, width)."""
-        radial, angular = moments.radial.sum(dim=1), moments.angular.sum(dim=1)
-        own = [radial, self._contracted(angular[:, :-1], angular[:, -1:])]
-        if self.weighted:
-            spins = self.spins[species][:, :, None]
-            bent = moments.angular[:, :, :-1] * spins
-            own += [(moments.radial * spins).sum(dim=1)]
-            own += [self._contracted(bent.sum(dim=1), (moments.angular[:, :, -1:] * spins**2).sum(dim=1))]
-        return torch.cat(own, dim=1)
+        weights = self.weights[species]
+        harmonics = weights @ moments.angular
+        # T_n(1) = 1, so the terms j = k add the same to all orders
+        angular = 0.5 * ((harmonics * harmonics) @ self.squares - (weights * weights) @ moments.itself)
+        return torch.cat((weights @ moments.radial, angular), dim=2).view(len(species), self.width)
 
     def near(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lengths, shape (n_pairs, 1), and which pairs the angular part sees, shape (n_near,)."""
@@ -113,42 +130,69 @@ class Fingerprint(nn.Module):
     def radial(self, lengths: Tensor) -> Tensor:
         """What each pair adds to the radial sums, shape (n_pairs, n_radial + 1)."""
         reach = self.basis.radial_cutoff
-        return _cut(lengths, reach) * polynomials(lengths * (2.0 / reach) - 1.0, self.basis.n_radial)
+        return _cut(lengths, reach) * polynomials(lengths * (2.0 / reach) - 1.0, self.radial_slope)
 
     def angular(self, vectors: Tensor, lengths: Tensor) -> Tensor:
         """What each pair adds to the angular sums, shape (n_pairs, (n_angular + 1)² + 1), within the angular cutoff."""
-        cut, unit = _cut(lengths, self.basis.angular_cutoff), vectors / lengths
-        zenith = polynomials(unit[:, 2:], self.basis.n_angular) @ self.table
-        azimuth = _powers(unit[:, :1], unit[:, 1:2], self.basis.n_angular) @ self.pick
+        cut = _cut(lengths, self.basis.angular_cutoff)
+        x, y, z = torch.split_with_sizes(vectors / lengths, [1, 1, 1], dim=1)
+        zenith = polynomials(z, self.slope) @ self.table
+        azimuth: Tensor = _Powers.apply(x, y, self.powers_slope) @ self.pick  # type: ignore[no-untyped-call]
         return torch.cat((zenith * azimuth * cut, cut * cut), dim=1)
 
-    def _summed(self, bins: Tensor, columns: Tensor, n_atoms: int) -> Tensor:
-        found = columns.new_zeros(n_atoms * self.n_species, columns.shape[1]).index_add(0, bins, columns)
-        return found.view(n_atoms, self.n_species, columns.shape[1])
 
-    def _contracted(self, harmonics: Tensor, itself: Tensor) -> Tensor:
-        """Sums over j < k of all orders, shape (n_atoms, n_angular + 1); T_n(1) = 1, so j = k adds the same to each."""
-        return 0.5 * ((harmonics * harmonics) @ self.squares - itself)
+class _Polynomials(torch.autograd.Function):
+    """T_0 … T_n, whose slopes are sums of themselves: much less to remember and to go back through than the recurrence."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+        found = x.new_empty(len(x), len(slope))
+        found[:, :1] = 1.0
+        found[:, 1:2] = x[:, : len(slope) - 1]
+        have = 2
+        while have < len(slope):  # T_{k+j} = 2 T_k T_j - T_{k-j}
+            more = min(have - 1, len(slope) - have)
+            found[:, have : have + more] = 2.0 * found[:, have - 1 : have] * found[:, 1 : 1 + more]
+            found[:, have : have + more] -= found[:, have - 1 - more : have - 1].flip(1)
+            have += more
+        ctx.save_for_backward(found, slope)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        found, slope = ctx.saved_tensors
+        return ((gradients[0] @ slope) * found).sum(dim=1, keepdim=True), None
 
 
-def polynomials(x: Tensor, order: int) -> Tensor:
-    """Return T_0 … T_order of x, shape (n, 1), as shape (n, order + 1); T_{k+j} = 2 T_k T_j - T_{k-j} doubles their number each time."""
-    found = torch.cat((torch.ones_like(x), x), dim=1)
-    while found.shape[1] <= order:
-        k = found.shape[1] - 1
-        found = torch.cat((found, 2.0 * found[:, k:] * found[:, 1:] - found[:, :k].flip(1)), dim=1)
-    return found[:, : order + 1]
+class _Powers(torch.autograd.Function):
+    """Real parts of (x + iy)^m, m = 0 … n, then the imaginary parts; slopes are sums of themselves here, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+        factors = torch.complex(x, y).expand(len(x), slope.shape[1] // 2).clone()
+        factors[:, 0] = 1.0
+        powers = torch.cumprod(factors, dim=1)
+        found = torch.cat((powers.real, powers.imag), dim=1)
+        ctx.save_for_backward(found, slope)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        found, slope = ctx.saved_tensors
+        along = ((gradients[0] @ slope[0]) * found).sum(dim=1, keepdim=True)
+        across = ((gradients[0] @ slope[1]) * found).sum(dim=1, keepdim=True)
+        return along, across, None
 
 
-def _powers(x: Tensor, y: Tensor, order: int) -> Tensor:
-    """Real and imaginary parts of (x + iy)^m, shape (n, 2 * (order + 1)): real ones of m = 0 … order, then imaginary ones."""
-    real, imaginary = torch.cat((torch.ones_like(x), x), dim=1), torch.cat((torch.zeros_like(y), y), dim=1)
-    while real.shape[1] <= order:
-        last_real, last_imaginary = real[:, -1:], imaginary[:, -1:]
-        more = last_real * real[:, 1:] - last_imaginary * imaginary[:, 1:]
-        imaginary = torch.cat((imaginary, last_real * imaginary[:, 1:] + last_imaginary * real[:, 1:]), dim=1)
-        real = torch.cat((real, more), dim=1)
-    return torch.cat((real[:, : order + 1], imaginary[:, : order + 1]), dim=1)
+def polynomials(x: Tensor, slope: Tensor) -> Tensor:
+    """Return T_0 … T_n of x, shape (n_values, 1), as shape (n_values, n + 1); twice differentiable and more.
+
+    Args:
+        x: the arguments.
+        slope: what makes the sum of slopes, weighted with g, of T: g @ slope · T; shape (n + 1, n + 1).
+    """
+    found: Tensor = _Polynomials.apply(x, slope)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _cut(lengths: Tensor, reach: float) -> Tensor:
@@ -182,4 +226,23 @@ def _legendre_of_chebyshev(order: int) -> Array:
     overlap = (polynomial * weights[:, None]).T @ chebyshev.chebvander(nodes, order)
     degrees = np.arange(order + 1)
     found: Array = np.repeat(overlap * (degrees[:, None] + 0.5), 2 * degrees + 1, axis=0)
+    return found
+
+
+def _slope_of_polynomials(order: int) -> Array:
+    """Row n: dT_n/dx as a sum over T, shape (order + 1, order + 1)."""
+    found = np.zeros((order + 1, order + 1))
+    for n in range(1, order + 1):
+        found[n, :n] = chebyshev.chebder(np.eye(n + 1)[n])
+    return found
+
+
+def _slope_of_powers(order: int) -> Array:
+    """Row of a power: its derivatives by x and by y as sums over the powers, shape (2, 2 * (order + 1), 2 * (order + 1))."""
+    count = order + 1
+    found = np.zeros((2, 2 * count, 2 * count))
+    for m in range(1, count):
+        real, imaginary, lower = m, count + m, m - 1
+        found[0, real, lower] = found[0, imaginary, count + lower] = m
+        found[1, real, count + lower], found[1, imaginary, lower] = -m, m
     return found

@@ -61,6 +61,10 @@ def weights_file(rest: str) -> Path:
 
 
 def absolute(rest: str) -> str:
-    """Return the same with the full paths of its files and folders, if it names any."""
+    """Return the same with the full paths of its files and folders, as far as there are any."""
     parts = [part.strip() for part in rest.split(",")]
-    return ",".join(str(Path(part).absolute()) if part and Path(part).parent.exists() else part for part in parts)
+    return ",".join(str(Path(part).absolute()) if part and _exists(Path(part)) else part for part in parts)
+
+
+def _exists(path: Path) -> bool:
+    return any(path.parent.glob(path.name)) if "*" in path.name else path.exists()

@@ -160,13 +160,13 @@ class Network(nn.Module):
 
     def features(self, descriptors: Tensor, species: Tensor) -> Tensor:
         """Return the features of atoms with these descriptors, shape (n_atoms, n_descriptors)."""
-        parts, rows = [], []
-        for k, layers in enumerate(self.networks.values()):
-            mine = (species == k).nonzero()[:, 0]
-            hidden: Tensor = layers(self._inputs(k, descriptors[mine]))
-            parts.append(self._side_by_side(hidden))
-            rows.append(mine)
-        return torch.cat(parts)[torch.argsort(torch.cat(rows))]
+        order = torch.argsort(species, stable=True)
+        sorted_species = species[order]
+        inputs = (descriptors.index_select(0, order) - self.average[:, sorted_species]) * self.scale[:, sorted_species]
+        counts = torch.bincount(species, minlength=len(self.hyper.elements)).tolist()
+        parts = zip(self.networks.values(), torch.split_with_sizes(inputs, counts, dim=1), strict=True)
+        hidden = [self._padded(layers(mine)) for layers, mine in parts if mine.shape[1]]
+        return self._side_by_side(torch.cat(hidden, dim=1)).index_select(0, torch.argsort(order))
 
     @torch.no_grad()
     def jacobian(self, descriptors: Tensor, species: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,16 +176,16 @@ class Network(nn.Module):
         for k, layers in enumerate(self.networks.values()):
             assert isinstance(layers, Layers)  # narrows torch's type, checks no input
             mine = (species == k).nonzero()[:, 0]
-            hidden, slopes = layers.jacobian(self._inputs(k, descriptors[mine]))
-            features[mine] = self._side_by_side(hidden)
+            hidden, slopes = layers.jacobian((descriptors[mine] - self.average[:, k, None]) * self.scale[:, k, None])
+            features[mine] = self._side_by_side(self._padded(hidden))
             slopes = (slopes * self.scale[:, k, None, None]).permute(3, 0, 1, 2)
-            found[mine] = torch.stack([self._side_by_side(one) for one in slopes], dim=1)
+            found[mine] = torch.stack([self._side_by_side(self._padded(one)) for one in slopes], dim=1)
         return features, found
 
-    def _inputs(self, species: int, descriptors: Tensor) -> Tensor:
-        return (descriptors - self.average[:, species, None]) * self.scale[:, species, None]
+    def _padded(self, hidden: Tensor) -> Tensor:
+        missing = self.hyper.n_each - hidden.shape[2]
+        return nn.functional.pad(hidden, (0, missing)) if missing else hidden
 
     def _side_by_side(self, hidden: Tensor) -> Tensor:
         """Members one after the other, shape (n_atoms, n_hidden), from shape (members, n_atoms, width)."""
-        padded = nn.functional.pad(hidden, (0, self.hyper.n_each - hidden.shape[2]))
-        return padded.transpose(0, 1).reshape(hidden.shape[1], self.hyper.n_hidden)
+        return hidden.transpose(0, 1).reshape(hidden.shape[1], self.hyper.n_hidden)

@@ -31,34 +31,27 @@ def slopes(network: Network, vectors: Tensor, first: Tensor, second: Tensor, spe
         sums = fingerprint.moments(vectors, first, second, species)
         features, by_descriptors = network.jacobian(fingerprint.descriptors(sums, species), species)
         by_radial, by_angular = _by_sums(fingerprint, sums, species, by_descriptors)
-        weights = fingerprint.spins[species[first], species[second]][:, None, None]
+        weights = fingerprint.weights[species[first], :, species[second]][:, None, :, None]
         _, near = fingerprint.near(vectors)
     found = vectors.new_zeros(len(vectors), 3, features.shape[1])
-    radial = _along(lambda v: fingerprint.radial(_lengths(v)), vectors)
-    angular = _along(lambda v: fingerprint.angular(v, _lengths(v)), vectors[near])
-    if fingerprint.weighted:
-        radial = torch.cat((radial, weights * radial), dim=2)
-        seen = weights[near]
-        angular = torch.cat((angular, seen * angular[:, :, :-1], seen**2 * angular[:, :, -1:]), dim=2)
+    radial = weights * _along(lambda v: fingerprint.radial(_lengths(v)), vectors)[:, :, None]
+    angular = _along(lambda v: fingerprint.angular(v, _lengths(v)), vectors[near])[:, :, None]
+    angular = torch.cat((weights[near] * angular[..., :-1], weights[near] ** 2 * angular[..., -1:]), dim=3)
     for pairs, added, by_sums in ((torch.arange(len(vectors), device=near.device), radial, by_radial), (near, angular, by_angular)):
         counts = torch.bincount(first[pairs], minlength=len(species)).tolist()
-        parts = [some @ own for some, own in zip(torch.split_with_sizes(added, counts), by_sums, strict=True)]
+        parts = [some.flatten(2) @ own for some, own in zip(torch.split_with_sizes(added, counts), by_sums, strict=True)]
         found[pairs] += torch.cat(parts)
     return features, found
 
 
 def _by_sums(fingerprint: Fingerprint, sums: Moments, species: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
     """How features change with the plain and weighted sums of their atom, shapes (n_atoms, n_sums, n_hidden); `by`: with its descriptors."""
-    n_radial, n_angular = fingerprint.basis.n_radial + 1, fingerprint.basis.n_angular + 1
-    spins = fingerprint.spins[species][:, :, None]
-    radial, angular = [], []
-    for k in range(2 if fingerprint.weighted else 1):
-        block = by[:, k * (n_radial + n_angular) : (k + 1) * (n_radial + n_angular)]
-        harmonics = ((spins if k else 1.0) * sums.angular[:, :, :-1]).sum(dim=1)
-        radial.append(block[:, :n_radial])
-        angular.append(harmonics[:, :, None] * (fingerprint.squares @ block[:, n_radial:]))
-        angular.append(-0.5 * block[:, n_radial:].sum(dim=1, keepdim=True))
-    return torch.cat(radial, dim=1), torch.cat(angular, dim=1)
+    n_atoms, _, n_hidden = by.shape
+    blocks = by.view(n_atoms, -1, fingerprint.basis.width, n_hidden)
+    radial, angular = torch.split_with_sizes(blocks, [fingerprint.basis.n_radial + 1, fingerprint.basis.n_angular + 1], dim=2)
+    harmonics = (fingerprint.weights[species] @ sums.angular)[..., None] * (fingerprint.squares @ angular)
+    itself = -0.5 * angular.sum(dim=2, keepdim=True)
+    return radial.flatten(1, 2), torch.cat((harmonics, itself), dim=2).flatten(1, 2)
 
 
 def _along(added: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:

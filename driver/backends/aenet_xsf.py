@@ -94,7 +94,7 @@ def write_xsf(path: str | Path, structure: Structure) -> None:
     frame, energy, forces = structure
     values = frame.positions if forces is None else np.concatenate([frame.positions, forces], axis=1)
     rows = [chemical_symbols[z] + "".join(f" {v:22.14f}" for v in row) for z, row in zip(frame.numbers, values, strict=True)]
-    head = [] if energy is None else [f"# total energy = {energy!r} eV", ""]
+    head = [] if energy is None else [f"# total energy = {float(energy)!r} eV", ""]
     if frame.periodic:
         cell = ["".join(f" {v:22.14f}" for v in row) for row in frame.cell]
         head += ["CRYSTAL", "PRIMVEC", *cell, "PRIMCOORD", f"{len(frame)} 1"]
