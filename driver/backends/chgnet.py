@@ -28,9 +28,9 @@ from tumbaga.driver.backends.flat import DTYPES, Graph, chosen_device, flattened
 from tumbaga.driver.backends.painn_lists import Lists
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import ForceRows, PotentialSpec
-from tumbaga.online.records import Array, Frame, Prediction
+from tumbaga.online.records import Array, Frame, Ints, Prediction
 
-_LINES: Final = 16384  # pairs and angles of all tangents that are pushed through the network at once: memory is finite
+_LINES: Final = 32768  # pairs and angles of all tangents that are pushed through the network at once: memory is finite
 
 
 class CHGNet:
@@ -111,12 +111,12 @@ class CHGNet:
             (said,) = self.predict([frame])
             return ForceRows(np.zeros(0), np.zeros((3 * len(frame), 0)), said.energy, said.forces)
         graph = self._graph([frame])
-        features, slopes = self._jacobian(graph)
         blocks = (len(self.spec.elements), self._width)
         phi, rows = np.zeros(blocks), np.zeros((3 * len(frame), *blocks))
-        for one in np.unique(graph.species):
-            phi[one] = features[graph.species == one].sum(axis=0)
-            rows[:, one] = -slopes[:, graph.species == one].sum(axis=1)
+        present = np.unique(graph.species)
+        # a pass forwards for each coordinate, or one backwards for each column: forwards several go at once, backwards one is cheaper
+        fill = self._rows_forwards if 3 * len(frame) <= self._width * len(present) else self._rows_backwards
+        fill(graph, present, phi, rows)
         fixed = float(self._parts.reference[graph.species].sum())
         return ForceRows(phi.reshape(-1), rows.reshape(len(rows), -1), fixed, np.zeros((len(frame), 3)))
 
@@ -147,25 +147,34 @@ class CHGNet:
         (gradients,) = torch.autograd.grad(features, vectors, seed)
         return _numpy(features), _numpy(gradients)
 
-    def _jacobian(self, graph: Graph) -> tuple[Array, Array]:
-        """Features of one frame (n_atoms, n_hidden), and how they change with the positions (3 * n_atoms, n_atoms, n_hidden), per Å.
-
-        By forward differentiation: it takes a pass for each coordinate, backwards it would take one for each column of the readout.
-        """
+    def _rows_forwards(self, graph: Graph, present: Ints, phi: Array, rows: Array) -> None:
+        """Fill the blocks of present species: features summed up, and less their slopes along the coordinates."""
         vectors, indices = self._inputs(graph)
-        n_atoms, n_lines = len(graph.species), len(graph.vectors) + len(indices.left)
+        n_lines = len(graph.vectors) + len(indices.left)
 
         def slope(tangent: Tensor) -> Tensor:
             found: Tensor = torch.func.jvp(lambda moved: self._network(moved, indices), (vectors,), (tangent,))[1]
             return found
 
-        features = _numpy(self._network(vectors, indices))
-        if not n_lines:
-            return features, np.zeros((3 * n_atoms, n_atoms, self._width))
-        tangents = torch.tensor(_tangents(graph), dtype=self._dtype, device=self._device)
-        with quiet():
-            slopes = torch.func.vmap(slope, chunk_size=max(1, _LINES // n_lines))(tangents)
-        return features, _numpy(slopes)
+        features, slopes = _numpy(self._network(vectors, indices)), np.zeros((len(rows), *graph.species.shape, self._width))
+        if n_lines:
+            tangents = torch.tensor(_tangents(graph), dtype=self._dtype, device=self._device)
+            with quiet():
+                slopes = _numpy(torch.func.vmap(slope, chunk_size=max(1, _LINES // n_lines))(tangents))
+        for one in present:
+            phi[one] = features[graph.species == one].sum(axis=0)
+            rows[:, one] = -slopes[:, graph.species == one].sum(axis=1)
+
+    def _rows_backwards(self, graph: Graph, present: Ints, phi: Array, rows: Array) -> None:
+        """The same as `_rows_forwards`."""
+        vectors, indices = self._inputs(graph)
+        features = self._network(vectors.requires_grad_(), indices)
+        for one in present:
+            sums = features[torch.tensor(graph.species == one, device=self._device)].sum(dim=0)
+            phi[one] = _numpy(sums)
+            for column, value in enumerate(sums):
+                (gradients,) = torch.autograd.grad(value, vectors, retain_graph=True)
+                rows[:, one, column] = scattered(graph, _numpy(gradients)).reshape(-1)
 
 
 def _tangents(graph: Graph) -> Array:
