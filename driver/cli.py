@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from tumbaga.driver import cli_evaluate
+from tumbaga.driver import cli_evaluate, cli_transfer
 from tumbaga.driver import config as configs
 from tumbaga.driver.errors import ConfigError, DriverError, RunDirError
 
@@ -247,6 +247,7 @@ def doctor() -> None:
 
 
 app.command()(cli_evaluate.evaluate)
+app.command()(cli_transfer.transfer)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------------------------
