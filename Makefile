@@ -10,9 +10,11 @@ BIN    := $(VENV)/bin
 GUEST  := .venv-sevennet
 # neither does MACE
 MACE   := .venv-mace
+# CHGNet would go together with SevenNet, but brings pymatgen along
+CHGNET := .venv-chgnet
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test fast lint sevennet mace help clean
+.PHONY: demo test fast lint sevennet mace chgnet help clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +48,10 @@ mace: $(MACE)/installed  ## the tests of the MACE back end, in an environment of
 	@echo "== tests of the MACE back end"
 	$(MACE)/bin/pytest -q tests/driver/test_mace.py
 
+chgnet: $(CHGNET)/installed  ## the tests of the CHGNet back end, in an environment of its own
+	@echo "== tests of the CHGNet back end"
+	$(CHGNET)/bin/pytest -q tests/driver/test_chgnet.py
+
 $(BIN)/python:
 	@echo "== environment in $(VENV)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tumbaga needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -73,5 +79,11 @@ $(MACE)/installed: $(BIN)/python pyproject.toml constraints-mace.txt
 	$(MACE)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints-mace.txt -e '.[mace]' pytest pytest-timeout psutil
 	@touch $@
 
+$(CHGNET)/installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "== environment in $(CHGNET)"
+	$(BIN)/python -m venv $(CHGNET)
+	$(CHGNET)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt -e '.[chgnet]' pytest pytest-timeout psutil
+	@touch $@
+
 clean:  ## remove the environments and everything built
-	rm -rf $(VENV) $(GUEST) $(MACE) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(GUEST) $(MACE) $(CHGNET) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
