@@ -89,8 +89,9 @@ def stream(path: str | Path, how: Reading | None = None, bad: Callable[[DataErro
             directions only.
     """
     how = how or Reading()
+    good = 0
     for file in files(path):
-        good = 0
+        number = -1
         for number, raw in enumerate(_raws(file, how)):
             try:
                 one = _checked(file, number, raw, how)
@@ -101,8 +102,10 @@ def stream(path: str | Path, how: Reading | None = None, bad: Callable[[DataErro
                 continue
             good += 1
             yield one
-        if not good:
-            raise DataError(str(file), "holds no labelled frame")
+        if number < 0:
+            raise DataError(str(file), "holds no frame")
+    if not good:
+        raise DataError(str(path), "holds no frame that is fit for use")
 
 
 def files(path: str | Path) -> list[Path]:
@@ -159,7 +162,8 @@ def _xsf(path: Path) -> Iterator[Raw]:
     try:
         frame, energy, forces = read_xsf(path)
     except ConfigError as error:
-        raise DataError(str(path), error.problem) from error
+        yield Raw([], [], [], [], broken=error.problem)
+        return
     yield Raw(frame.numbers, frame.positions, frame.cell, [frame.periodic] * 3, {"energy": energy, "forces": forces})
 
 

@@ -15,7 +15,7 @@ from tumbaga.online.accuracy import EnergyError, ForceError, Interval
 def table(report: Report, title: str) -> Table:
     """Errors in meV/Å and meV/atom, by element and by the size of the labelled force."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE)
-    made.add_column("")
+    made.add_column("", no_wrap=True)
     for name in ("count", "RMSE", "MAE", "rms of labels", "RMSE / rms"):
         made.add_column(name, justify="right")
     made.add_row("forces, meV/Å", "atoms")
@@ -38,7 +38,7 @@ def table(report: Report, title: str) -> Table:
 def sentences(report: Report) -> list[str]:
     """Slope, offsets and uncertainties, a line each."""
     slope = report.slope
-    line = f"{_interval(slope.line)} with an intercept of {1000 * slope.intercept:.1f} meV/Å"
+    line = f"{_interval(slope.line)} with an intercept of {round(1000 * slope.intercept, 1) + 0.0:.1f} meV/Å"
     found = [
         f"slope of predicted against labelled forces (95 % intervals over frames; below 1 is soft): {_interval(slope.origin)} through the origin, {line}",
         _offsets(report),

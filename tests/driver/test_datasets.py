@@ -145,8 +145,11 @@ def test_xsf_of_aenet(tmp_path: Path, truth: list[Atoms]) -> None:
     with pytest.raises(DataError, match=r"structure1.xsf, frame 0 \(the first is 0\): it has no energy"):
         datasets.read(tmp_path)
     (tmp_path / "structure1.xsf").write_text("no XSF")
-    with pytest.raises(DataError, match=r"structure1.xsf: is no structure in the XSF form"):
+    with pytest.raises(DataError, match=r"structure1.xsf, frame 0 \(the first is 0\): is no structure in the XSF form"):
         datasets.read(tmp_path)
+    left: list[DataError] = []
+    assert [one.source for one in datasets.read(tmp_path, bad=left.append)] == ["structure0.xsf#0", "structure2.xsf#0"]
+    assert len(left) == 1
 
 
 @pytest.mark.parametrize("text", ["s2ef.txt", "s2ef.txt.xz"])
@@ -391,6 +394,16 @@ def test_an_unfit_frame_is_named(tmp_path: Path, broken: Atoms, said: str, form:
     assert [str(one) for one in left] == [str(caught.value)]
 
 
+def test_where_all_frames_are_unfit_nothing_is_left(tmp_path: Path) -> None:
+    """To leave out bad frames does not make a data set of none."""
+    write(tmp_path / "set.extxyz", [molecule("H2O")] * 2)
+    left: list[DataError] = []
+
+    with pytest.raises(DataError, match=r"set.extxyz: holds no frame that is fit for use"):
+        datasets.read(tmp_path / "set.extxyz", bad=left.append)
+    assert [one.frame for one in left] == [0, 1]
+
+
 def test_a_wrong_number_of_forces_is_named(tmp_path: Path) -> None:
     """Forces of another number of atoms are refused, here of a row that no program of ASE would write."""
     atoms = labelled(0)
@@ -404,7 +417,7 @@ def test_a_wrong_number_of_forces_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("set.extxyz", b"", "holds no labelled frame"),
+        ("set.extxyz", b"", "holds no frame"),
         ("set.extxyz", b"three\n\nO 0 0 0\n", "frame 0 (the first is 0): cannot be read any further"),
         ("set.extxyz.gz", b"not packed", "cannot be read any further"),
         ("set.db", b"no database at all, " * 100, "cannot be read any further"),
