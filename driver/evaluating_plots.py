@@ -32,7 +32,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ConfigError("--plots", f"needs matplotlib ({error}): pip install matplotlib") from error
+        raise ConfigError("--plots", f"needs matplotlib ({error}): pip install 'tumbaga[plots]'") from error
 
 
 def write(folder: Path, judged: Sequence[Judged], added: Offsets) -> list[Path]:

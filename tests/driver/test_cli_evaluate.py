@@ -221,7 +221,7 @@ def test_without_matplotlib_plots_are_a_sentence(tumbaga: Tumbaga, few: str, mon
     code, out, err = tumbaga("evaluate", MODEL, few, "--plots", "plots")
 
     assert (code, out) == (2, "")
-    assert "pip install matplotlib" in err
+    assert "pip install 'tumbaga[plots]'" in err
 
 
 def test_help_teaches(tumbaga: Tumbaga) -> None:
