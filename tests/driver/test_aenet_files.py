@@ -173,7 +173,8 @@ def test_a_network_survives_its_file(one: ElementNetwork, tmp_path: Path) -> Non
 
 def test_the_places_of_layers_are_those_of_the_shipped_example(tmp_path: Path) -> None:
     """56-5-5-1: 321 weights at 0 285 315 321, 70 values at 0 57 63 69, as in the TiO2 example of ænet-PyTorch."""
-    wide = replace(network(), basis=Basis(), **{key: np.zeros(56) for key in ("lowest", "highest", "average", "squares")})
+    none = np.zeros(56)
+    wide = replace(network(), basis=Basis(), lowest=none, highest=none, average=none, squares=none)
     wide = replace(wide, weights=(np.zeros((5, 56)), np.zeros((5, 5)), np.zeros((1, 5))), biases=(np.zeros(5), np.zeros(5), np.zeros(1)))
     write_network(tmp_path / "x.nn.ascii", replace(wide, activations=(1, 1, 0)))
     lines = (tmp_path / "x.nn.ascii").read_text().splitlines()
