@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 from ase import Atoms
@@ -166,6 +168,22 @@ def test_bad_frames_are_left_out_on_request(tumbaga: Tumbaga, tmp_path: Path) ->
     assert code == 0
     assert f"{MODEL} on 3 of 3 frames" in out
     assert err.startswith("left out 1 frame that is not fit for use; the first: data few.extxyz, frame 2")
+
+
+def test_pickles_are_opened_on_request(tumbaga: Tumbaga, tmp_path: Path) -> None:
+    """OC20's .lmdb is refused without --trust-pickles; with it the frames are judged, and a warning has been given."""
+    with lmdb.open(str(tmp_path / "oc.lmdb"), subdir=False, map_size=2**20, lock=False) as held, held.begin(write=True) as view:
+        for k, atoms in enumerate(frames(range(200, 600, 100))):
+            fields = {"pos": atoms.positions, "atomic_numbers": atoms.numbers, "cell": 20.0 * np.eye(3)}
+            fields |= {"y": atoms.calc.results["energy"], "force": atoms.calc.results["forces"]}
+            view.put(str(k).encode(), pickle.dumps({name: np.asarray(value) for name, value in fields.items()}))
+
+    code, _, err = tumbaga("evaluate", MODEL, "oc.lmdb")
+    assert code == 2
+    assert "say so with --trust-pickles" in err
+    code, out, _ = tumbaga("evaluate", MODEL, "oc.lmdb", "--trust-pickles", "--uncertain-frames", "0")
+    assert code == 0
+    assert f"{MODEL} on 4 of 4 frames" in out
 
 
 @pytest.mark.parametrize(
