@@ -28,14 +28,13 @@ from tumbaga.driver.errors import PotentialError
 from tumbaga.driver.slot import Slot
 from tumbaga.driver.structures import read_frame
 from tumbaga.online import versions
+from tumbaga.online.conformance import CHECKS, Check, Subject, Tolerances, check
 from tumbaga.online.errors import VersionError
 from tumbaga.online.ports import Trainable
 from tumbaga.online.records import Frame, Prediction
-from tumbaga.online.testing import Tolerances, check_potential, check_trainable
 
 ELEMENTS = (1, 8, 29, 79)
 LEARNS, SERVES = "chgnet:0.3.0?elements=Cu,Au,O,H", "chgnet:0.3.0"
-STEP = 1e-4  # Å, central differences; its radial functions are stiff at the length of an O-H bond: 1e-3 is off by 2e-3 eV/Å
 SINGLE = 1e-4  # eV and eV/Å: float32 inside the network, energies of some ten to some hundred eV
 EXACT = 1e-9  # float64 sums in another order
 BOX = 40.0  # Å: wide enough for the package's own calculator to see a cluster as free
@@ -130,7 +129,6 @@ KINDS = {
     "chain": chain(),
     "atom": few([8], [[0, 0, 0]]),
 }
-FRAMES = pytest.mark.parametrize("frame", [cluster(), crystal()], ids=["cluster", "crystal"])
 
 
 # -- without the package ---------------------------------------------------------------------------------------------------------------
@@ -200,122 +198,6 @@ def test_a_model_that_learns_says_what_one_that_serves_says(single: Any, serving
         np.testing.assert_array_equal(mine.virial, theirs.virial)
 
 
-def test_a_batch_says_what_its_frames_say_alone(double: Any) -> None:
-    """Frames of different sizes, with and without a cell or angles, do not feel one another."""
-    for together, frame in zip(double.predict(list(KINDS.values())), KINDS.values(), strict=True):
-        alone = double.predict([frame])[0]
-        assert together.energy == pytest.approx(alone.energy, abs=EXACT)
-        np.testing.assert_allclose(together.forces, alone.forces, atol=EXACT)
-        np.testing.assert_allclose(together.virial, alone.virial, atol=EXACT)
-        np.testing.assert_allclose(shown(together), shown(alone), atol=EXACT)
-    assert double.predict([]) == []
-
-
-def test_float32_follows_float64(single: Any, double: Any) -> None:
-    """What is said is float64 in either case, and differs by the rounding of the network; the declaration tells which it is."""
-    one, two = single.predict([cluster()])[0], double.predict([cluster()])[0]
-
-    assert one.energy == pytest.approx(two.energy, abs=SINGLE)
-    np.testing.assert_allclose(one.forces, two.forces, atol=SINGLE)
-    assert one.forces.dtype == one.virial.dtype == shown(one).dtype == np.float64
-    assert (single.spec.dtype, double.spec.dtype) == ("float32", "float64")
-    with pytest.raises(PotentialError, match="dtype 'float16' is not float32 or float64"):
-        registry.load(SERVES, "cpu", "float16")
-
-
-@FRAMES
-def test_forces_are_the_slope_of_the_energy(double: Any, frame: Frame) -> None:
-    """Forces agree with central differences of the energy."""
-    frames = []
-    for i in range(len(frame)):
-        for c in range(3):
-            for shift in (STEP, -STEP):
-                positions = frame.positions.copy()
-                positions[i, c] += shift
-                frames.append(moved(frame, positions))
-    energies = np.array([p.energy for p in double.predict(frames)]).reshape(len(frame), 3, 2)
-
-    forces = double.predict([frame])[0].forces
-    assert np.abs(forces).max() > 0.1
-    np.testing.assert_allclose(forces, (energies[..., 1] - energies[..., 0]) / (2 * STEP), atol=1e-4 * np.abs(forces).max())
-
-
-@FRAMES
-def test_the_virial_is_minus_the_slope_along_strain(double: Any, frame: Frame) -> None:
-    """The virial agrees with central differences over the nine strains, symmetrised."""
-    numeric = np.zeros((3, 3))
-    for a in range(3):
-        for b in range(3):
-            sides = []
-            for sign in (1, -1):
-                deform = np.eye(3)
-                deform[a, b] += sign * STEP
-                sides.append(Frame(frame.numbers, frame.positions @ deform, frame.cell @ deform, frame.periodic))
-            up, down = double.predict(sides)
-            numeric[a, b] = -(up.energy - down.energy) / (2 * STEP)
-
-    virial = double.predict([frame])[0].virial
-    np.testing.assert_allclose(virial, 0.5 * (numeric + numeric.T), atol=1e-4 * np.abs(virial).max())
-
-
-def test_the_energy_is_invariant_and_the_forces_turn_along(double: Any) -> None:
-    """Rotation, reflection, translation and renumbering change nothing but the axes and the order."""
-    rng, frame = np.random.default_rng(4), cluster()
-    turn, order = np.linalg.qr(rng.normal(size=(3, 3)))[0], rng.permutation(len(frame))
-    for rotation in (turn, -turn):
-        plain, turned, shuffled = double.predict(
-            [frame, moved(frame, frame.positions @ rotation + 7.0), Frame(frame.numbers[order], frame.positions[order])]
-        )
-        assert turned.energy == pytest.approx(plain.energy, abs=EXACT)
-        np.testing.assert_allclose(turned.forces, plain.forces @ rotation, atol=EXACT * 100)
-        np.testing.assert_allclose(turned.virial, rotation.T @ plain.virial @ rotation, atol=EXACT * 100)
-        assert shuffled.energy == pytest.approx(plain.energy, abs=EXACT)
-        np.testing.assert_allclose(shuffled.forces, plain.forces[order], atol=EXACT)
-        np.testing.assert_allclose(plain.forces.sum(axis=0), 0.0, atol=EXACT)
-
-
-def test_a_supercell_is_its_cells(double: Any) -> None:
-    """Twice the cell is twice the energy and the same forces, though one of the two is smaller than the cutoff."""
-    frame = crystal()
-    twice = Frame(
-        np.tile(frame.numbers, 2),
-        np.concatenate([frame.positions, frame.positions + frame.cell[1]]),
-        frame.cell * [[1], [2], [1]],
-        periodic=True,
-    )
-    one, two = double.predict([frame, twice])
-
-    assert two.energy == pytest.approx(2 * one.energy, abs=EXACT * 100)
-    np.testing.assert_allclose(two.forces, np.tile(one.forces, (2, 1)), atol=EXACT * 100)
-    np.testing.assert_allclose(two.virial, 2 * one.virial, atol=EXACT * 1000)
-
-
-def test_it_does_not_matter_where_the_cell_is_cut(double: Any) -> None:
-    """An atom in another image of the cell is the same atom, also with the neighbour list of the frame before."""
-    frame = slab()
-    elsewhere = frame.positions.copy()
-    elsewhere[::3] += frame.cell[0] - 2 * frame.cell[1]
-    one, two = double.predict([frame])[0], double.predict([moved(frame, elsewhere)])[0]
-
-    assert two.energy == pytest.approx(one.energy, abs=EXACT * 100)
-    np.testing.assert_allclose(two.forces, one.forces, atol=EXACT * 100)
-
-
-@pytest.mark.parametrize("number", [1, 29])
-def test_an_atom_alone_feels_nothing(single: Any, number: int) -> None:
-    """No pairs: zero forces and virial, a finite energy, features of the right shape, force rows of zero."""
-    frame = few([number], [[1.0, 2.0, 3.0]])
-    (said,) = single.predict([frame])
-    rows = single.force_rows(frame)
-
-    assert np.isfinite(said.energy)
-    assert not said.forces.any()
-    assert not said.virial.any()
-    assert not rows.rows.any()
-    assert shown(said).shape == (1, single.spec.n_hidden)
-    assert said.energy == pytest.approx(float(rows.phi @ single.readout()) + rows.energy_fixed, abs=EXACT)
-
-
 def test_coinciding_atoms_give_no_finite_lie(single: Any) -> None:
     """Two atoms in one place are answered with non-finite numbers, not with an exception."""
     assert not single.predict([few([1, 8], np.zeros((2, 3)))])[0].finite
@@ -380,59 +262,53 @@ def test_it_declares_what_it_is(single: Any) -> None:
     assert spec.licence == "BSD-3-Clause-LBNL"
 
 
-def test_features_and_readout_give_the_energy(single: Any, double: Any) -> None:
-    """E = phi · w + fixed, with phi summed from the features of a plain prediction."""
-    frame = cluster()
-    for model in (single, double):
-        said, rows = model.predict([frame])[0], model.force_rows(frame)
-        phi = np.zeros((4, model.spec.n_hidden))
-        np.add.at(phi, np.searchsorted(ELEMENTS, frame.numbers), shown(said))
-
-        np.testing.assert_allclose(rows.phi, phi.reshape(-1), atol=1e-5)
-        assert said.energy == pytest.approx(float(phi.reshape(-1) @ model.readout()) + rows.energy_fixed, abs=1e-8)
+def test_it_keeps_its_dtype(package: None) -> None:
+    """No other than float32 and float64."""
+    with pytest.raises(PotentialError, match="dtype 'float16' is not float32 or float64"):
+        registry.load(SERVES, "cpu", "float16")
 
 
-@pytest.mark.parametrize(
-    "frame",
-    [cluster(), crystal(), primitive(), moved(few([29] * 24, np.zeros((24, 3))), slab().positions)],
-    ids=["cluster", "crystal", "primitive", "many of one element"],
-)
-def test_force_rows_give_the_forces_of_any_readout(double: Any, frame: Frame) -> None:
-    """rows @ w + fixed are the forces under w, whatever w; columns of absent elements are zero. More coordinates than columns or fewer."""
+def subject_of(name: str) -> Subject:
+    """In float64, with the strictest tolerances, an atom alone, and one whose neighbours are all itself."""
+    load, rest = registry.loader(name)
+    return Subject(
+        load(rest, "cpu", "float64"), [KINDS[one] for one in ("atom", "cluster", "crystal", "primitive")], Tolerances(), load, rest
+    )
+
+
+@pytest.fixture(scope="module")
+def subject(package: None) -> Subject:
+    return subject_of(LEARNS)
+
+
+@pytest.mark.parametrize("promise", CHECKS, ids=str)
+def test_it_keeps_every_promise_of_its_port(promise: Check, subject: Subject) -> None:
+    """The conformance suite for a potential that learns."""
+    promise(subject)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chgnet:0.2.0?elements=Cu,Au,O,H", "chgnet:r2scan?elements=Cu,Au,O,H", SERVES])
+def test_the_other_models_keep_every_promise(package: None, name: str) -> None:
+    """The conformance suite for the older architecture, for the other level of theory, and for a potential that only serves."""
+    check(subject_of(name))
+
+
+def test_force_rows_of_many_atoms_give_the_forces_of_any_readout(double: Any) -> None:
+    """With more coordinates than columns they are made another way: backwards, column by column; columns of absent elements are zero."""
+    frame = few([29] * 24, slab().positions)
+    assert 3 * len(frame) > double.spec.n_hidden
     rows = double.force_rows(frame)
     for w in (double.readout(), np.random.default_rng(6).normal(size=256)):
         served = double.predict([frame], w[None])[0]
         np.testing.assert_allclose((rows.rows @ w).reshape(-1, 3) + rows.forces_fixed, served.forces, atol=1e-8)
         assert served.energy == pytest.approx(float(rows.phi @ w) + rows.energy_fixed, abs=1e-8)
-    absent = [k for k, z in enumerate(ELEMENTS) if z not in frame.numbers]
-    assert not rows.rows.reshape(-1, 4, 64)[:, absent].any()
+    assert not rows.rows.reshape(-1, 4, 64)[:, [0, 1, 3]].any()
 
 
 def test_force_rows_of_float32_are_those_of_float64(single: Any, double: Any) -> None:
     """To single precision: what is learnt does not depend on the dtype that serves."""
     np.testing.assert_allclose(single.force_rows(cluster()).rows, double.force_rows(cluster()).rows, atol=SINGLE)
-
-
-def test_it_keeps_every_promise_of_its_port(double: Any) -> None:
-    """The conformance suite for trainable potentials."""
-    check_trainable(double, [few([8], [[0.0, 0.0, 0.0]]), cluster(), crystal()], Tolerances(1e-4, 1e-4, 1e-8))
-
-
-def test_it_keeps_the_promises_of_those_that_only_serve(package: None) -> None:
-    """The conformance suite for potentials, on frames of elements that no readout was asked for."""
-    salt = bulk("NaCl", "rocksalt", a=5.7, cubic=True)
-    positions = salt.positions + np.random.default_rng(8).normal(0.0, 0.1, salt.positions.shape)
-    frames = [Frame(salt.numbers, positions, np.array(salt.cell), periodic=True), few([3, 9, 3], [[0, 0, 0], [0.4, 0, 1.6], [0, 0.9, 3.1]])]
-    check_potential(registry.load(SERVES, "cpu", "float64"), frames, Tolerances(1e-4, 1e-4, 1e-8))
-
-
-def test_each_frame_is_served_by_its_own_readout(double: Any) -> None:
-    """One batch, different weights a frame: the ramps of different sessions do not mix."""
-    frames, weights = [cluster(), crystal(), cluster()], np.random.default_rng(7).normal(size=(3, 256))
-    for k, together in enumerate(double.predict(frames, weights)):
-        alone = double.predict([frames[k]], weights[k : k + 1])[0]
-        assert together.energy == pytest.approx(alone.energy, abs=1e-8)
-        np.testing.assert_allclose(together.forces, alone.forces, atol=1e-8)
 
 
 # -- versions and files ----------------------------------------------------------------------------------------------------------------
@@ -462,18 +338,6 @@ def test_a_version_serves_in_a_slot_and_by_itself(package: None, tmp_path: Path,
     assert said.energy == answer.prediction.energy
     with pytest.raises(PotentialError, match="says itself which elements"):
         registry.load(f"chgnet:{path}?elements=Cu", "cpu")
-
-
-def test_float64_weights_survive_a_file(double: Any, tmp_path: Path) -> None:
-    """A version in float64 is not rounded when it is loaded, whatever dtype serves elsewhere."""
-    tensors = {key: value * (1 + 1e-12) if value.dtype == np.float64 else value for key, value in double.state().items()}
-    layer = versions.LastLayer(double.readout(), np.eye(256))
-    path = tmp_path / versions.write(tmp_path, 1, tensors, layer, double.metadata).path
-    again = registry.load(f"chgnet:{path}", "cpu", "float64")
-
-    assert isinstance(again, Trainable)
-    for key, value in again.state().items():
-        np.testing.assert_array_equal(value, tensors[key])
 
 
 def test_models_are_found_by_name(package: None, tmp_path: Path) -> None:
