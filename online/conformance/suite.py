@@ -10,9 +10,9 @@ from typing import Final
 
 import numpy as np
 
-from tumbaga.online.conformance import answers, files, learning, physics
+from tumbaga.online.conformance import answers, files, learning, physics, tuning
 from tumbaga.online.conformance.subject import ConformanceError, Loader, Subject, Tolerances
-from tumbaga.online.ports import Potential, Trainable
+from tumbaga.online.ports import Potential, Trainable, Tunable
 from tumbaga.online.records import Frame
 
 Needs = Callable[[Subject], str]  # says why a check does not apply; empty if it does
@@ -36,6 +36,10 @@ def _loader(subject: Subject) -> str:
 
 def _learns(subject: Subject) -> str:
     return "" if subject.potential.spec.n_hidden else "it has no readout to learn"
+
+
+def _tunes(subject: Subject) -> str:
+    return "" if isinstance(subject.potential, Tunable) else "its readout is all that can be trained"
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ CHECKS: Final = (
     Check(files.the_state_is_a_copy, (_learns,)),
     Check(files.a_version_is_a_potential_by_itself, (_learns, _loader)),
     Check(files.a_version_unpickles_nothing, (_learns, _loader)),
+    Check(tuning.every_parameter_is_in_one_group, (_learns, _tunes)),
+    Check(tuning.training_sees_what_serves, (_learns, _tunes)),
+    Check(tuning.a_loss_has_its_gradient, (_learns, _tunes)),
+    Check(tuning.training_touches_nothing_that_serves, (_learns, _tunes)),
 )
 
 

@@ -21,6 +21,8 @@ from tumbaga.online.conformance import CHECKS
 PAGE = (Path(__file__).parents[2] / "docs" / "backends.md").read_text()
 FILES = dict(re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 
+TRAINING = 4  # checks of a Tunable, which the page's example is not
+
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -42,7 +44,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_its_tests_pass(package: Path) -> None:
-    """The page's test file, run by pytest as it says, passes all checks of both metals and skips none."""
+    """The page's test file, run by pytest as it says, passes all checks of both metals but those of training more than the readout."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "test_morse.py"],
         cwd=package,
@@ -53,8 +55,7 @@ def test_its_tests_pass(package: Path) -> None:
     )
 
     assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{2 * len(CHECKS)} passed" in done.stdout
-    assert "skipped" not in done.stdout
+    assert f"{2 * (len(CHECKS) - TRAINING)} passed, {2 * TRAINING} skipped" in done.stdout
 
 
 def test_it_is_found_by_its_name(package: Path) -> None:

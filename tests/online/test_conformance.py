@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from tumbaga.online import conformance, testing
 from tumbaga.online.conformance import CHECKS, ConformanceError, Subject
-from tumbaga.online.ports import ForceRows
+from tumbaga.online.ports import ForceRows, Trial
 from tumbaga.online.records import Array, Frame, Prediction
 from tumbaga.online.testing import ToyTrainable
 
@@ -59,9 +60,88 @@ def rounded(said: Prediction, dtype: type[np.floating[Any]]) -> Prediction:
     return Prediction(float(dtype(said.energy)), said.forces.astype(dtype).astype(float), said.virial.astype(dtype).astype(float), features)
 
 
+class Weights(torch.nn.Module):
+    """The toy's readout as the one parameter of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readout = torch.nn.Parameter(torch.tensor(WEIGHTS))
+
+
+def prepared(frame: Frame) -> tuple[ForceRows, Array, Array]:
+    """The linear model of one frame, virial included: energy and forces, virials of unit readouts (n_columns, 3, 3), fixed virial."""
+    units = np.concatenate([np.zeros((1, WEIGHTS.size)), np.eye(WEIGHTS.size)])
+    virials = np.stack([said.virial for said in TOY.predict([frame] * len(units), units)])
+    return TOY.force_rows(frame), virials[1:] - virials[0], virials[0]
+
+
+def opened(**changed: Any) -> Any:
+    """The toy opened for training, with some of its parts replaced."""
+    module = Weights()
+
+    def evaluate(batch: Sequence[Any], *, forces: bool = True, virials: bool = False, create_graph: bool = True) -> Trial:
+        w = module.readout
+        energies = torch.stack([torch.tensor(rows.phi) @ w + rows.energy_fixed for rows, _, _ in batch])
+        pulls = torch.cat([(torch.tensor(rows.rows) @ w).reshape(-1, 3) + torch.tensor(rows.forces_fixed) for rows, _, _ in batch])
+        strains = torch.stack([torch.einsum("kab,k->ab", torch.tensor(slopes), w) + torch.tensor(fixed) for _, slopes, fixed in batch])
+        return Trial(energies, pulls, strains if virials else None)
+
+    def trained(reference: Array, facts: dict[str, Any]) -> Any:
+        spec = replace(TOY.spec, level=facts.get("level", TOY.spec.level))
+        return altered(TOY.with_readout(module.readout.detach().numpy().copy()), spec=spec)
+
+    parts = {"module": module, "groups": {"readout": ("readout",)}, "reference": np.zeros(2), "prepare": prepared}
+    return SimpleNamespace(**{**parts, "evaluate": evaluate, "trained": trained, **changed})
+
+
+def tunable(opening: Callable[[], Any] = opened, **changed: Any) -> Any:
+    return altered(tuning=lambda seed=None: opening(), with_elements=lambda like: TOY, **changed)
+
+
+def scaled(name: str) -> Any:
+    """Opened for training with one of energies, forces and virials a little off."""
+    right = opened()
+
+    def evaluate(batch: Sequence[Any], **asked: Any) -> Trial:
+        said: Trial = right.evaluate(batch, **asked)
+        number = getattr(said, name)
+        return said if number is None else replace(said, **{name: 1.01 * number})
+
+    return SimpleNamespace(**{**vars(right), "evaluate": evaluate})
+
+
+def cut_off() -> Any:
+    """Opened for training, with forces that are not differentiable in the parameters."""
+    right = opened()
+
+    def evaluate(batch: Sequence[Any], **asked: Any) -> Trial:
+        said: Trial = right.evaluate(batch, **asked)
+        assert said.forces is not None
+        return replace(said, forces=said.forces.detach())
+
+    return SimpleNamespace(**{**vars(right), "evaluate": evaluate})
+
+
+def stuck() -> Any:
+    """Opened for training, and what comes out has the old parameters."""
+    return opened(trained=lambda reference, facts: altered(spec=replace(TOY.spec, level=facts.get("level", ""))))
+
+
+def living() -> Any:
+    """A potential that serves with the very parameters that are trained."""
+    one = opened()
+
+    def predict(frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
+        own = np.tile(one.module.readout.detach().numpy(), (len(frames), 1))
+        return TOY.predict(frames, own if readouts is None else readouts)
+
+    return tunable(lambda: one, predict=predict)
+
+
 # -- what is right ---------------------------------------------------------------------------------------------------------------------
 
 test_the_toy = conformance.as_test(lambda: Subject.loaded(load))
+test_the_toy_opened_for_training = conformance.as_test(lambda: Subject.of(tunable()))
 test_the_toy_in_float32 = conformance.as_test(lambda: Subject.loaded(load, dtype="float32"))
 
 
@@ -78,6 +158,8 @@ def test_checks_that_do_not_apply_are_skipped_and_say_why() -> None:
 
     told = {"no loader is given", "it has no readout to learn", "it knows all elements", "its cutoff is infinite"}
     assert reasons == told | {"its cutoff is zero or infinite"}
+    with pytest.raises(unittest.SkipTest, match="its readout is all that can be trained"):
+        CHECKS[-1](Subject.of(TOY))
     conformance.check_potential(zero)
 
 
@@ -262,6 +344,15 @@ BROKEN: list[tuple[str, str, Callable[[], Any]]] = [
     ("a_version_is_a_potential_by_itself", "a version holds its readout", lambda: Subject.loaded(forgetful)),
     ("a_version_is_a_potential_by_itself", "raised KeyError: 'readout'", lambda: replace(Subject.loaded(load), load=crashing)),
     ("a_version_unpickles_nothing", "a version unpickles nothing: .*ToyTrainable", lambda: Subject.loaded(pickled)),
+    ("every_parameter_is_in_one_group", "every parameter is in one group", lambda: tunable(lambda: opened(groups={"readout": ()}))),
+    ("every_parameter_is_in_one_group", "the readout is a group", lambda: tunable(lambda: opened(groups={"all": ("readout",)}))),
+    ("training_sees_what_serves", "sees what serves .energy", lambda: tunable(lambda: opened(reference=np.ones(2)))),
+    ("training_sees_what_serves", "sees what serves .forces", lambda: tunable(lambda: scaled("forces"))),
+    ("training_sees_what_serves", "sees what serves .virial", lambda: tunable(lambda: scaled("virials"))),
+    ("a_loss_has_its_gradient", "the gradient of a loss is its slope", lambda: tunable(cut_off)),
+    ("training_touches_nothing_that_serves", "touches nothing that serves", living),
+    ("training_touches_nothing_that_serves", "facts go along", lambda: tunable(lambda: opened(trained=lambda reference, facts: TOY))),
+    ("training_touches_nothing_that_serves", "trained parameters serve", lambda: tunable(stuck)),
 ]
 
 
