@@ -39,7 +39,12 @@ EXACT = 1e-9  # float64 sums in another order
 # layers, classes and options of the models that people have: MACE-MP-0 and -0b, MACE-MH, and plain ones of old
 MODELS: dict[str, dict[str, Any]] = {
     "zbl": {"hidden_irreps": "8x0e+8x1o", "max_ell": 2, "pair_repulsion": True, "scale": 4.0},
-    "plain": {"num_interactions": 3, "interaction_cls_first": "RealAgnosticInteractionBlock", "saved": torch.float64},
+    "plain": {
+        "num_interactions": 3,
+        "interaction_cls_first": "RealAgnosticInteractionBlock",
+        "use_reduced_cg": False,
+        "saved": torch.float64,
+    },
     "density": {
         "interaction_cls": "RealAgnosticDensityResidualInteractionBlock",
         "distance_transform": "Agnesi",
@@ -55,6 +60,16 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 HEADS = {"heads": "r2scan"}
+LATER = (
+    "heads",
+    "edge_irreps",
+    "use_reduced_cg",
+    "use_so3",
+    "use_agnostic_product",
+    "use_last_readout_only",
+    "use_edge_irreps_first",
+    "apply_cutoff",
+)
 
 
 def build(
@@ -123,8 +138,20 @@ def folder(package: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for kind, settings in MODELS.items():
-            torch.save(build(**settings), made / f"{kind}.model")
+            model = build(**settings)
+            torch.save(aged(model) if kind == "plain" else model, made / f"{kind}.model")
     return made
+
+
+def aged(model: Any) -> Any:
+    """The same model as an earlier mace would have saved it: without what came later."""
+    for key in LATER:
+        delattr(model, key)
+    for product in model.products:
+        for contraction in product.symmetric_contractions.contractions:
+            for key in [key for key, _ in contraction.named_buffers() if key.endswith("_zeroed")]:
+                delattr(contraction, key)
+    return model
 
 
 @pytest.fixture(scope="module")
