@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, pairwise, product
@@ -26,6 +28,7 @@ from tumbaga.driver.backends.aenet import Aenet, from_networks, load_backend
 from tumbaga.driver.backends.aenet_descriptors import Fingerprint
 from tumbaga.driver.backends.aenet_files import Basis, ElementNetwork, Window, spins, write_network
 from tumbaga.driver.backends.aenet_training import created
+from tumbaga.driver.backends.aenet_xsf import read_xsf
 from tumbaga.driver.backends.flat import UnknownElementError
 from tumbaga.driver.backends.painn import DATA
 from tumbaga.driver.backends.painn_pairs import pairs
@@ -205,6 +208,33 @@ def test_the_order_of_species_is_that_of_the_file() -> None:
     assert mixed.hyper.spins[ELEMENTS.index(29)] == (-2.0, -1.0, 2.0, 1.0)
     assert mixed.hyper.spins[ELEMENTS.index(79)] == (2.0, 1.0, -2.0, -1.0)
     assert abs(mixed.predict([FRAMES[0]])[0].energy - potential().predict([FRAMES[0]])[0].energy) > 1e-3
+
+
+@pytest.mark.skipif("AENET_PYTORCH" not in os.environ, reason="AENET_PYTORCH does not name a copy of github.com/atomisticnet/aenet-PyTorch")
+def test_the_shipped_example_comes_out_as_its_authors_printed_it(tmp_path: Path) -> None:
+    """TiO2 of ænet-PyTorch: energies of its 100 test structures to 5e-6 eV an atom, forces to 1e-5 eV/Å, as far as they were printed."""
+    example = Path(os.environ["AENET_PYTORCH"]) / "example"
+    with tarfile.open(example / "dir_xsf.tar.gz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    rows = [line.split() for line in (example / "02-train/output/energies.test").read_text().splitlines()]
+    given = [read_xsf(tmp_path / "dir_xsf" / Path(row[5]).name) for row in rows]
+    model = registry.load(f"aenet:{example / '02-train/output'}", "cpu", "float64")
+    said = model.predict([one.frame for one in given])
+    atomic = {22: -1604.604515075, 8: -432.503149303}
+    for row, one, mine in zip(rows, given, said, strict=True):
+        cohesive = mine.energy - sum(atomic[int(z)] for z in one.frame.numbers)
+        assert cohesive / len(one.frame) == pytest.approx(float(row[4]), abs=5e-6)
+    # structures of the second file are in another order: an atom is found by its reference force
+    forces = {
+        tuple(np.round(reference, 6)): own
+        for one, mine in zip(given, said, strict=True)
+        if one.forces is not None
+        for reference, own in zip(one.forces, mine.forces, strict=True)
+    }
+    printed = np.loadtxt(example / "02-train/output/forces.test")
+    found = [(forces[key], row[5:]) for row in printed if (key := tuple(np.round(row[2:5], 6))) in forces]
+    assert len(found) > 400
+    np.testing.assert_allclose([own for own, _ in found], [theirs for _, theirs in found], rtol=0, atol=1e-5)
 
 
 class _Largest(TorchDispatchMode):
