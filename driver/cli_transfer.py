@@ -29,7 +29,7 @@ MOST_GENERATED = 500
 _TRAIN, _COMPARE, _KEEP = "How it is trained", "What it is compared with", "What is kept of the old"
 
 
-def _option(name: str, metavar: str, told: str, panel: str = _TRAIN, **how: Any) -> Any:
+def _option(name: str, metavar: str | None, told: str, panel: str = _TRAIN, **how: Any) -> Any:
     return typer.Option(name, metavar=metavar, help=told, rich_help_panel=panel, **how)
 
 
@@ -74,13 +74,11 @@ def transfer(
     replay: Annotated[
         list[str] | None, _option("--replay", "DATA", f"Old data not to be forgotten, or {GENERATED!r}; can be repeated.", _KEEP)
     ] = None,
-    pseudo: Annotated[
-        bool, _option("--pseudo", "", "Label the replay by MODEL as it is, whatever its labels say.", _KEEP, is_flag=True)
-    ] = False,
+    pseudo: Annotated[bool, _option("--pseudo", None, "Label the replay by MODEL as it is, whatever its labels say.", _KEEP)] = False,
     replay_ratio: Annotated[float | None, _option("--replay-ratio", "X", "Replay frames for each new one in an epoch.", _KEEP)] = None,
     test: Annotated[list[Path] | None, _option("--test", "DATA", "Frames to compare on; can be repeated.", _COMPARE)] = None,
     no_compare: Annotated[
-        bool, _option("--no-compare", "", "Leave out the untuned potential and the one from scratch.", _COMPARE, is_flag=True)
+        bool, _option("--no-compare", None, "Leave out the untuned potential and the one from scratch.", _COMPARE)
     ] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[Literal["float32", "float64"], typer.Option("--dtype", help="Of the network.")] = "float32",
@@ -297,7 +295,10 @@ def _finish(result: Result, out: Path, folder: Path, title: str, alone: bool) ->
         raise ConfigError(
             "--out", f"{out} cannot be written ({error.strerror}); the training is in {folder}, free it and --resume"
         ) from error
-    Console(highlight=False).print(transferring_text.table(result.arms, title))
+    typer.echo(f"{title}; forces in meV/Å, energies in meV/atom")
+    Console(highlight=False).print(transferring_text.table(result.arms))
+    if not alone:
+        typer.echo("untuned: with reference energies fitted to the labels; from scratch: the same network and labels, nothing taken over")
     if told := transferring_text.verdict(result.arms):
         typer.echo(told)
     if transferring_plots.available():

@@ -233,7 +233,7 @@ def _arm(name: str, potential: Tunable, plan: Plan, outcome: Outcome | None = No
 
 
 def _facts(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    counts = {"labels": len(plan.sets.train), "validation": len(plan.sets.valid), "replay": len(plan.sets.replay)}
+    counts = {"labels": len(plan.sets.train), "validation_frames": len(plan.sets.valid), "replay_frames": len(plan.sets.replay)}
     start = "nothing" if plan.from_scratch else plan.start.spec.name
     return {"start": start, **counts, "epochs_done": outcome.epochs, "best_epoch": outcome.best, **asdict(plan.settings)}
 

@@ -12,13 +12,12 @@ import typer
 from rich import box
 from rich.table import Table
 
-from tumbaga.driver.transferring import SCRATCH, TUNED, UNTUNED, Arm
+from tumbaga.driver.transferring import UNTUNED, Arm
 from tumbaga.online.accuracy import EnergyError, ForceError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-_TITLES = {TUNED: "tuned", SCRATCH: "from scratch, same labels", UNTUNED: "untuned, offsets fitted"}
 _PLAIN = 10  # lines for a training where nobody watches a terminal
 
 
@@ -78,26 +77,18 @@ class Watch:
         return ", ".join(shown)
 
 
-def table(arms: Sequence[Arm], title: str) -> Table:
-    """Errors of the arms on the test frames, and on the replay frames where there are any."""
+def table(arms: Sequence[Arm]) -> Table:
+    """Errors of the arms on the test frames, and on the replay frames where there are any; forces in meV/Å, energies in meV/atom."""
     replay = any(arm.replay is not None for arm in arms)
-    made = Table(title=title, title_justify="left", box=box.SIMPLE)
-    made.add_column("")
-    for name in (
-        "force RMSE",
-        "MAE, meV/Å",
-        "slope",
-        "energy RMSE",
-        "MAE, meV/atom",
-        *(["replay force RMSE"] if replay else []),
-        "epochs (best)",
-    ):
+    made = Table(box=box.SIMPLE)
+    made.add_column("", no_wrap=True)
+    for name in ("force RMSE", "MAE", "slope", "energy RMSE", "MAE", *(["replay force RMSE"] if replay else []), "epochs (best)"):
         made.add_column(name, justify="right")
     for arm in arms:
         slope = "" if math.isnan(arm.slope) else f"{arm.slope:.3f}"
         old = [_errors(arm.replay)[0]] if replay else []
         epochs = "" if arm.outcome is None else f"{arm.outcome.epochs} ({arm.outcome.best + 1})"
-        made.add_row(_TITLES[arm.name], *_errors(arm.forces), slope, *_errors(arm.energies), *old, epochs)
+        made.add_row(arm.name, *_errors(arm.forces), slope, *_errors(arm.energies), *old, epochs)
     return made
 
 

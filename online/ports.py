@@ -120,7 +120,7 @@ class Tuning(Protocol):
 
     @property
     def module(self) -> Any:
-        """The torch.nn.Module whose parameters are trained; between steps it may be read, loaded and copied like any other."""
+        """The torch.nn.Module whose parameters are trained, all but those that ask for no gradient; it may be read and loaded like any other."""
 
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:

@@ -286,8 +286,8 @@ def _freeze(tuning: Tuning, frozen: Sequence[str]) -> list[Tensor]:
     still = {one for group, names in tuning.groups.items() if any(_within(group, name) for name in frozen) for one in names}
     trained = []
     for name, value in tuning.module.named_parameters():
-        value.requires_grad_(name not in still)
-        if name not in still:
+        value.requires_grad_(value.requires_grad and name not in still)
+        if value.requires_grad:
             trained.append(value)
     if not trained:
         raise TrainingError("frozen groups", "are all there are: nothing is left to train")
