@@ -114,7 +114,7 @@ class CHGNet:
         blocks = (len(self.spec.elements), self._width)
         phi, rows = np.zeros(blocks), np.zeros((3 * len(frame), *blocks))
         present = np.unique(graph.species)
-        # a pass forwards for each coordinate, or one backwards for each column: forwards several go at once, backwards one is cheaper
+        # one pass forwards for each coordinate, or one backwards for each column: either costs about the same
         fill = self._rows_forwards if 3 * len(frame) <= self._width * len(present) else self._rows_backwards
         fill(graph, present, phi, rows)
         fixed = float(self._parts.reference[graph.species].sum())
