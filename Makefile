@@ -42,7 +42,7 @@ lint: $(VENV)/installed-dev  ## lint, types, import contracts
 
 sevennet: $(GUEST)/installed  ## the tests of the SevenNet back end, in an environment of its own
 	@echo "== tests of the SevenNet back end"
-	$(GUEST)/bin/pytest -q tests/driver/test_sevennet.py
+	$(GUEST)/bin/pytest -q tests/driver/test_sevennet.py tests/driver/test_sevennet_training.py
 
 mace: $(MACE)/installed  ## the tests of the MACE back end, in an environment of its own
 	@echo "== tests of the MACE back end"

@@ -13,7 +13,7 @@ Source:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -24,7 +24,8 @@ from torch import Tensor
 from tumbaga.driver.backends.flat import DTYPES, Graph, chosen_device, flattened, scattered, species_table
 from tumbaga.driver.backends.painn_lists import Lists
 from tumbaga.driver.backends.sevennet_files import wanted
-from tumbaga.driver.backends.sevennet_parts import ARCHITECTURE, READOUT, REFERENCE, Parts, quiet, taken_apart
+from tumbaga.driver.backends.sevennet_parts import ARCHITECTURE, READOUT, REFERENCE, Parts, quiet, taken_apart, untrained
+from tumbaga.driver.backends.sevennet_training import SevenNetTuning, fresh
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import ForceRows, PotentialSpec
 from tumbaga.online.records import Array, Frame, Prediction
@@ -33,7 +34,7 @@ _PAIRS: Final = 4096  # of all tangents that are pushed through the network at o
 
 
 class SevenNet:
-    """A SevenNet potential; implements ``Trainable``.
+    """A SevenNet potential; implements ``Tunable``.
 
     Args:
         name: as the user wrote it.
@@ -52,7 +53,8 @@ class SevenNet:
         self._device, self._dtype, self._parts = chosen_device(name, device), DTYPES[dtype], parts
         cutoff, self._width = float(parts.config["cutoff"]), parts.readout.shape[1]
         n_hidden = self._width if learns else 0
-        self.spec = PotentialSpec(name, parts.elements, cutoff, n_hidden, parts.level, dtype=dtype, licence=parts.licence)
+        mean_h2 = float(parts.facts.get("mean_h2", 0.0))
+        self.spec = PotentialSpec(name, parts.elements, cutoff, n_hidden, parts.level, mean_h2, dtype=dtype, licence=parts.licence)
         self._network = parts.network.to(self._device, self._dtype)
         self._types = np.array(parts.types)
         self._table, self._lists = species_table(parts.elements), Lists(cutoff)
@@ -65,7 +67,7 @@ class SevenNet:
     def metadata(self) -> dict[str, str]:
         """What a file of its tensors must say beside them: "architecture", and "hyper" (elements, model) and "facts" as JSON."""
         hyper = {"elements": self._parts.elements, "model": {key: one for key, one in self._parts.config.items() if _is_json(one)}}
-        facts = {"level": self.spec.level, "licence": self.spec.licence}
+        facts = {**self._parts.facts, "level": self.spec.level, "licence": self.spec.licence}
         return {"architecture": ARCHITECTURE, "hyper": json.dumps(hyper), "facts": json.dumps(facts)}
 
     def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
@@ -117,6 +119,34 @@ class SevenNet:
         own = {key: value.detach().cpu().numpy().copy() for key, value in self._network.state_dict().items()}
         given = self._parts.readout if readout is None or not self.spec.n_hidden else readout
         return {**own, READOUT: given.reshape(-1).copy(), REFERENCE: self._parts.reference.copy()}
+
+    def tuning(self, seed: int | None = None) -> SevenNetTuning:
+        """Open a copy for training, in the dtype and on the device of this one; see ``Tunable.tuning``.
+
+        Raises:
+            PotentialError: its elements are not named, and what was trained could not learn afterwards.
+        """
+        if not self.spec.n_hidden:
+            raise PotentialError(self.spec.name, "is trained for named elements; write for example sevennet:7net-0?elements=Cu,Au,O,H")
+        parts, readout, reference = self._parts, self._parts.readout, self._parts.reference.copy()
+        if seed is not None:
+            parts, readout = fresh(parts, seed, lambda: untrained(self.spec.name, parts).to(self._device, self._dtype))
+            reference = np.zeros_like(reference)
+        start = torch.tensor(readout, dtype=self._dtype, device=self._device)
+        return SevenNetTuning(parts, start, reference, self._graph, self._finished)
+
+    def with_elements(self, like: Mapping[int, int]) -> SevenNet:
+        """Not possible: it knows 89 elements already, and each learns from its own weights.
+
+        Raises:
+            PotentialError: always.
+        """
+        raise PotentialError(self.spec.name, "has weights for 89 elements; name those you need with ?elements= instead of mapping one")
+
+    def _finished(self, parts: Parts, facts: Mapping[str, Any]) -> SevenNet:
+        held = {**parts.facts, **facts}
+        made = parts._replace(facts=held, level=str(held.get("level", parts.level)))
+        return SevenNet(self.spec.name, made, True, str(self._device), str(self._dtype).removeprefix("torch."))
 
     def _graph(self, frames: Sequence[Frame]) -> Graph:
         return flattened(self.spec.name, self.spec.elements, self._table, self._lists, frames)

@@ -13,6 +13,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ class Parts(NamedTuple):
         config: what sevenn builds the model from.
         level: of theory, for people.
         licence: of the weights; empty if unknown.
+        facts: what else a version file says of how it was made, JSON-compatible.
     """
 
     network: Any
@@ -57,6 +59,7 @@ class Parts(NamedTuple):
     config: Mapping[str, Any]
     level: str
     licence: str
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 def taken_apart(asked: Wanted) -> tuple[Parts, bool]:
@@ -114,9 +117,14 @@ def _of_version(asked: Wanted) -> Parts:
     if asked.elements not in ((), elements):
         raise PotentialError(asked.name, "the file says itself which elements it learns; leave out ?elements")
     level, licence = (str(facts.get(key, "")) for key in ("level", "licence"))
-    parts = _parts(_built(asked.name, config), elements, readout, reference, config, level, licence)
+    parts = _parts(_built(asked.name, config), elements, readout, reference, config, level, licence)._replace(facts=facts)
     _fill(asked.name, parts.network, {key: torch.tensor(tensors[key]) for key in parts.network.state_dict() if key in tensors})
     return parts
+
+
+def untrained(name: str, parts: Parts) -> Any:
+    """A network like that of the parts, with new weights; random numbers are torch's."""
+    return _parts(_built(name, parts.config), parts.elements, parts.readout, parts.reference, parts.config, "", "").network
 
 
 def _built(name: str, config: Mapping[str, Any]) -> Any:
