@@ -94,7 +94,7 @@ class Length:
     horizon: float
 
 
-FULL = Length(COUNTS, 3, 400, (8, 4, 4), (30, 30, 20), 4, 1500.0)
+FULL = Length(COUNTS, 3, 300, (8, 4, 4), (30, 30, 20), 4, 1000.0)
 QUICK = Length((10, 50, 200), 2, 120, (8, 2, 2), (28, 20, 10), 2, 300.0)
 
 
