@@ -1,9 +1,10 @@
-"""The potentials "aenet:…": Chebyshev fingerprints and a feed-forward network for each element, adapted to the ports of ``tumbaga.online.ports``.
+"""The potentials "aenet:…": Chebyshev fingerprints and a network for each element, adapted to the ports of ``tumbaga.online.ports``.
 
     E = sum_i w[z_i] · f_i + sum_i e[z_i]
 
-with features f of ``aenet_net``, a readout w and a reference energy e for each element (``aenet_parts`` says how they follow from the files of
-ænet). What is served is the mean of a committee's members. The network runs in float32 by default; energies and forces are summed up in float64.
+with features f of ``aenet_net``, a readout w and a reference energy e for each element (``aenet_parts`` says how they follow from the
+files of ænet). What is served is the mean of a committee's members. The network runs in float32 by default; energies and forces are
+summed up in float64.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Aenet:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the weights file says beside its tensors: "architecture", and "hyper" and "facts" as JSON. Write it into version files too."""
+        """What a weights file says beside its tensors: "architecture", and "hyper" and "facts" as JSON. Write it into version files too."""
         return dict(self._metadata)
 
     def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
@@ -122,7 +123,7 @@ class Aenet:
         return found.reshape(members, -1)
 
     def force_rows(self, frame: Frame) -> ForceRows:
-        """The linear model of one frame, in float64 throughout whatever the dtype of `predict`; only blocks of present elements are not zero.
+        """The linear model of one frame, in float64 whatever the dtype of `predict`; only blocks of present elements are not zero.
 
         Raises:
             UnknownElementError: the frame holds an element outside `spec.elements`.
@@ -141,7 +142,7 @@ class Aenet:
         return ForceRows(_numpy(phi).reshape(-1), _numpy(rows), fixed, np.zeros((len(frame), 3)))
 
     def state(self, readout: Array | None = None) -> dict[str, np.ndarray]:
-        """All tensors by name: the network's in the dtype they run in, "readout" (its own or the given one) and "reference" in float64; copies."""
+        """All tensors by name, copies: the network's in its dtype, "readout" (its own or the given one) and "reference" in float64."""
         own = {key: value.detach().cpu().numpy().copy() for key, value in self._network.state_dict().items()}
         return {**own, _READOUT: (self._readout if readout is None else readout).copy(), _REFERENCE: self._reference.copy()}
 
@@ -183,7 +184,7 @@ class Aenet:
         Args:
             like: atomic number of an element, known or not, to a known one: copied are network, statistics, readout and reference energy.
             weights: of new elements as neighbours, in place of that of the element they start as. With that one's weight neighbours of
-                both are the same to all networks, which is where to start, but can never be told apart.
+                both are the same to all networks, until training parts them.
 
         Raises:
             PotentialError: an element to start from is not known.

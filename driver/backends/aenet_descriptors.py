@@ -1,17 +1,18 @@
-"""Chebyshev fingerprints of neighbourhoods, in torch: pair vectors and species in, descriptors of every atom out. No files, frames or energies.
+"""Chebyshev fingerprints of neighbourhoods, in torch: pair vectors and species in, descriptors of every atom out. Knows no frames.
 
     radial   R_n = sum_j s_j f(r_ij; R_r) T_n(2 r_ij / R_r - 1)
     angular  A_n = sum_{j<k} s_j s_k f(r_ij; R_a) f(r_ik; R_a) T_n(cos theta_ijk)
 
-with f(r; R) = (cos(pi r / R) + 1) / 2 inside R, once with s = 1 and, where there are several species, once with a weight s for each of them.
+with f(r; R) = (cos(pi r / R) + 1) / 2 inside R, once with s = 1 and, where there are several species, once with a weight s for each of
+them.
 
 The angular part is linear in the number of neighbours: T_n is a sum over Legendre polynomials P_l, and by the addition theorem
 
     sum_jk g_j g_k P_l(u_j · u_k) = sum_m (sum_j g_j C_lm(u_j))²
 
-with real spherical harmonics C_lm (so normalised that C_00 = 1). Half of that, less the terms j = k, is the sum over j < k. Nothing larger
-than pairs times (n_angular + 1)² is ever made. Harmonics rather than moments of x, y, z: they are fewer, and their squares do not cancel, so
-that float32 is enough.
+with real spherical harmonics C_lm (so normalised that C_00 = 1). Half of that, less the terms j = k, is the sum over j < k. Nothing
+larger than pairs times (n_angular + 1)² is ever made. Harmonics rather than moments of x, y, z: they are fewer, and their squares do not
+cancel, so that float32 is enough.
 
 Source:
     N. Artrith, A. Urban, G. Ceder, Phys. Rev. B 96, 014112 (2017).
@@ -46,7 +47,7 @@ class Moments(NamedTuple):
 
 
 class Fingerprint(nn.Module):
-    """Descriptors of all atoms; their derivatives are continuous, they vanish for an atom alone. It has no parameters.
+    """Descriptors of all atoms; their derivatives are continuous, they vanish for an atom alone. Its weights of species are a buffer.
 
     Args:
         basis: cutoffs and orders.
@@ -54,7 +55,7 @@ class Fingerprint(nn.Module):
         weighted: whether the weighted descriptors follow the plain ones.
     """
 
-    weights: Tensor  # (n_species, 1 or 2, n_species): plain and weighted
+    spins: Tensor
     table: Tensor
     pick: Tensor
     squares: Tensor
@@ -67,9 +68,7 @@ class Fingerprint(nn.Module):
         self.basis, self.weighted, self.n_species = basis, weighted, len(spins)
         order = basis.n_angular
         table, pick = _harmonic_tables(order)
-        weights = np.stack([np.ones_like(spins), spins] if weighted else [np.ones_like(spins)], axis=1)
         derived = {
-            "weights": weights,
             "table": table,
             "pick": pick,
             "squares": _legendre_of_chebyshev(order),
@@ -77,6 +76,7 @@ class Fingerprint(nn.Module):
             "radial_slope": _slope_of_polynomials(basis.n_radial),
             "powers_slope": _slope_of_powers(order),
         }
+        self.register_buffer("spins", torch.tensor(spins, dtype=torch.float64))
         for name, value in derived.items():
             # they follow from the set-up, so they are no part of the weights
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=False)
@@ -115,11 +115,16 @@ class Fingerprint(nn.Module):
 
     def descriptors(self, moments: Moments, species: Tensor) -> Tensor:
         """Return the descriptors behind these sums, shape (n_atoms, width)."""
-        weights = self.weights[species]
+        weights = self.weights(species)
         harmonics = weights @ moments.angular
         # T_n(1) = 1, so the terms j = k add the same to all orders
         angular = 0.5 * ((harmonics * harmonics) @ self.squares - (weights * weights) @ moments.itself)
         return torch.cat((weights @ moments.radial, angular), dim=2).view(len(species), self.width)
+
+    def weights(self, species: Tensor) -> Tensor:
+        """Return the weights of the neighbours of atoms, shape (n_atoms, 1 or 2, n_species): ones, then, if there are any, the others."""
+        own = self.spins[species]
+        return torch.stack((torch.ones_like(own), own) if self.weighted else (torch.ones_like(own),), dim=1)
 
     def near(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lengths, shape (n_pairs, 1), and which pairs the angular part sees, shape (n_near,)."""
@@ -200,7 +205,7 @@ def _cut(lengths: Tensor, reach: float) -> Tensor:
 
 
 def _harmonic_tables(order: int) -> tuple[Array, Array]:
-    """What makes C_lm of T_0(z) … T_order(z), shape (order + 1, n), and of the powers of x + iy, shape (2 * (order + 1), n); n = (order + 1)².
+    """What makes C_lm of T_0(z) … T_order(z), shape (order + 1, n), and of powers of x + iy, shape (2 * (order + 1), n); n = (order + 1)².
 
     C_lm = sqrt((2 - delta_m0) (l - m)! / (l + m)!) d^m P_l(z) / dz^m times the real or imaginary part of (x + iy)^m.
     """

@@ -1,7 +1,7 @@
 """The potentials of ænet as files: the network of one element each as text (".nn.ascii", Chebyshev set-ups). numpy only, no torch.
 
-Written after what ænet and ænet-PyTorch read and write; no code of theirs is in here. Numbers may stand in as many lines as they like, as for
-a Fortran program that reads them. Structures (".xsf") are in ``aenet_xsf``.
+Written after what ænet and ænet-PyTorch read and write; no code of theirs is in here. Numbers may stand in as many lines as they like, as
+for a Fortran program that reads them. Structures (".xsf") are in ``aenet_xsf``.
 
 Source:
     N. Artrith, A. Urban, Comput. Mater. Sci. 114, 135 (2016); J. López-Zorrilla et al., J. Chem. Phys. 158, 164105 (2023).

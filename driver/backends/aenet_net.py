@@ -1,4 +1,4 @@
-"""The ænet network in torch: one feed-forward network an element, on standardised Chebyshev fingerprints. It knows no frames, files or energies.
+"""The ænet network in torch: one feed-forward network an element, on standardised Chebyshev fingerprints. No frames, files or energies.
 
 All members of a committee are evaluated at once, their weights stacked in a first dimension; the features of an atom are the last hidden
 layers of all members one after the other, so the mean energy of the committee is linear in one readout.
@@ -29,7 +29,6 @@ class Hyper:
     Attributes:
         elements: atomic numbers, ascending; a species is an index into them.
         basis: of the fingerprints.
-        spins: weight of each neighbour species (inner) as seen by each species (outer).
         weighted: whether there are weighted fingerprints beside the plain ones.
         widths: of the hidden layers of each element; none make a linear model.
         activations: code of each hidden layer of each element; see ``aenet_files.ElementNetwork``.
@@ -38,7 +37,6 @@ class Hyper:
 
     elements: tuple[int, ...]
     basis: Basis
-    spins: tuple[tuple[float, ...], ...]
     weighted: bool
     widths: tuple[tuple[int, ...], ...]
     activations: tuple[tuple[int, ...], ...]
@@ -51,7 +49,7 @@ class Hyper:
         Raises:
             TypeError, KeyError, ValueError: it is something else.
         """
-        nested = {key: tuple(map(tuple, told[key])) for key in ("spins", "widths", "activations")}
+        nested = {key: tuple(map(tuple, told[key])) for key in ("widths", "activations")}
         return cls(**{**told, **nested, "elements": tuple(told["elements"]), "basis": Basis(**told["basis"])})
 
     @property
@@ -128,8 +126,9 @@ class Layers(nn.Module):
 class Network(nn.Module):
     """Per-atom features of a flat batch of frames; invariant, local in the radial cutoff.
 
-    Its buffers are what the descriptors were in training, shapes (members, n_elements, n_descriptors): the averages that are taken off and the
-    scales that follow, the lowest and the highest. They are weights that are not trained: a transferred potential keeps those of its origin.
+    Its buffers are what the descriptors were in training, shapes (members, n_elements, n_descriptors): the averages that are taken off
+    and the scales that follow, the lowest and the highest; and the weights of the species, "fingerprint.spins", of each neighbour species
+    (columns) as seen by each species (rows). They are not trained: a transferred potential keeps those of its origin.
 
     Args:
         hyper: the shape.
@@ -143,14 +142,15 @@ class Network(nn.Module):
     def __init__(self, hyper: Hyper) -> None:
         super().__init__()
         self.hyper = hyper
-        self.fingerprint = Fingerprint(hyper.basis, np.array(hyper.spins, dtype=np.float64), hyper.weighted)
+        count = len(hyper.elements)
+        self.fingerprint = Fingerprint(hyper.basis, np.zeros((count, count)), hyper.weighted)
         self.networks = nn.ModuleDict(
             {
                 chemical_symbols[z]: Layers(hyper.n_descriptors, hyper.widths[k], hyper.activations[k], hyper.members)
                 for k, z in enumerate(hyper.elements)
             }
         )
-        shape = (hyper.members, len(hyper.elements), hyper.n_descriptors)
+        shape = (hyper.members, count, hyper.n_descriptors)
         for name, start in (("average", 0.0), ("scale", 1.0), ("lowest", 0.0), ("highest", 0.0)):
             self.register_buffer(name, torch.full(shape, start))
 

@@ -2,8 +2,8 @@
 
     E = 1/M sum_m sum_i (W_m[z_i] · f_m,i + b_m[z_i]) / scale_m + shift_m + e_m[z_i]
 
-with M members, the last hidden layers f, and the normalisation of energies undone: the readout of an element is W / (M scale) of all members,
-its reference energy the mean of b / scale + shift + e. numpy only.
+with M members, the last hidden layers f, and the normalisation of energies undone: the readout of an element is W / (M scale) of all
+members, its reference energy the mean of b / scale + shift + e.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
@@ -20,7 +20,8 @@ from tumbaga.driver.backends.aenet_files import ElementNetwork, Window, spins
 from tumbaga.driver.backends.aenet_net import Hyper
 from tumbaga.driver.errors import PotentialError
 
-ARCHITECTURE = "aenet-1"
+ARCHITECTURE: Final = "aenet-1"
+SPINS: Final = "fingerprint.spins"  # the tensor with the weights of the species
 Tensors = dict[str, np.ndarray]
 
 
@@ -41,7 +42,7 @@ def joined(name: str, members: Sequence[Sequence[ElementNetwork]]) -> tuple[Tens
     nets = [[_member(name, found, k, symbol) for symbol in symbols] for k, found in enumerate(by_member, 1)]
     _check(name, symbols, nets)
     hyper = _hyper(symbols, nets)
-    tensors: Tensors = {}
+    tensors: Tensors = {SPINS: np.array([[spins(one.environment)[s] for s in symbols] for one in nets[0]])}
     for e, symbol in enumerate(symbols):
         for layer in range(len(hyper.widths[e])):
             tensors[f"networks.{symbol}.weights.{layer}"] = np.stack([net[e].weights[layer] for net in nets])
@@ -79,7 +80,7 @@ def apart(name: str, hyper: Hyper, tensors: Mapping[str, np.ndarray], facts: Map
         deviation = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
         return ElementNetwork(
             element=symbol,
-            environment=_environment(name, hyper, e, facts),
+            environment=_environment(name, hyper, e, tensors[SPINS][e].tolist(), facts),
             basis=hyper.basis,
             weights=(*weights, readout[e, member, None, : hyper.n_last(e)]),
             biases=(*biases, np.array([(tensors["reference"][e] - window.shift - atomic[e]) * window.scale])),
@@ -137,7 +138,6 @@ def _hyper(symbols: Sequence[str], nets: Sequence[Sequence[ElementNetwork]]) -> 
     return Hyper(
         elements=tuple(atomic_numbers[s] for s in symbols),
         basis=first[0].basis,
-        spins=tuple(tuple(spins(one.environment)[s] for s in symbols) for one in first),
         weighted=len(first[0].environment) > 1,
         widths=tuple(tuple(w.shape[0] for w in one.weights[:-1]) for one in first),
         activations=tuple(one.activations[:-1] for one in first),
@@ -156,12 +156,11 @@ def _facts(networks: Sequence[ElementNetwork]) -> dict[str, Any]:
     }
 
 
-def _environment(name: str, hyper: Hyper, species: int, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """The order of species that gives the weights of this one's neighbours; species that the potential lacks keep their places."""
+def _environment(name: str, hyper: Hyper, species: int, own: Sequence[float], facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The order of species that gives these weights of this one's neighbours; species that the potential lacks keep their places."""
     symbols = [chemical_symbols[z] for z in hyper.elements]
     old = [*map(str, facts["environments"][species])] if "environments" in facts else symbols
     ladder = list(spins([str(k) for k in range(len(old))]).values())
-    own = hyper.spins[species]
     if len(set(own)) < len(own) or not set(own) <= set(ladder):
         told = ", ".join(f"{symbol} {weight:g}" for symbol, weight in zip(symbols, own, strict=True))
         raise PotentialError(name, f"cannot be written for ænet: the weights of its species ({told}) follow from no order of species")

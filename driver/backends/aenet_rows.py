@@ -1,8 +1,8 @@
 """How the features of an ænet network change with the pair vectors: what force rows and force uncertainties are made of.
 
-The sums over neighbours are all that features and pairs have in common. So features are differentiated by the sums of their own atom, and what
-a pair adds to the sums by its vector; one product an atom puts both together. It costs about as much as some predictions, where a backward
-pass for each of the columns of the readout would cost hundreds.
+The sums over neighbours are all that features and pairs have in common. So features are differentiated by the sums of their own atom, and
+what a pair adds to the sums by its vector; one product an atom puts both together. It costs about as much as some predictions, where a
+backward pass for each of the columns of the readout would cost hundreds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def slopes(network: Network, vectors: Tensor, first: Tensor, second: Tensor, spe
         sums = fingerprint.moments(vectors, first, second, species)
         features, by_descriptors = network.jacobian(fingerprint.descriptors(sums, species), species)
         by_radial, by_angular = _by_sums(fingerprint, sums, species, by_descriptors)
-        weights = fingerprint.weights[species[first], :, species[second]][:, None, :, None]
+        weights = fingerprint.weights(species)[first, :, species[second]][:, None, :, None]
         _, near = fingerprint.near(vectors)
     found = vectors.new_zeros(len(vectors), 3, features.shape[1])
     radial = weights * _along(lambda v: fingerprint.radial(_lengths(v)), vectors)[:, :, None]
@@ -45,11 +45,11 @@ def slopes(network: Network, vectors: Tensor, first: Tensor, second: Tensor, spe
 
 
 def _by_sums(fingerprint: Fingerprint, sums: Moments, species: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
-    """How features change with the plain and weighted sums of their atom, shapes (n_atoms, n_sums, n_hidden); `by`: with its descriptors."""
+    """How features change with the sums of their atom, plain and weighted, shapes (n_atoms, n_sums, n_hidden); `by`: its descriptors."""
     n_atoms, _, n_hidden = by.shape
     blocks = by.view(n_atoms, -1, fingerprint.basis.width, n_hidden)
     radial, angular = torch.split_with_sizes(blocks, [fingerprint.basis.n_radial + 1, fingerprint.basis.n_angular + 1], dim=2)
-    harmonics = (fingerprint.weights[species] @ sums.angular)[..., None] * (fingerprint.squares @ angular)
+    harmonics = (fingerprint.weights(species) @ sums.angular)[..., None] * (fingerprint.squares @ angular)
     itself = -0.5 * angular.sum(dim=2, keepdim=True)
     return radial.flatten(1, 2), torch.cat((harmonics, itself), dim=2).flatten(1, 2)
 

@@ -1,6 +1,7 @@
 """An ænet potential opened for training, made from nothing, and elements made of others.
 
-The statistics of the descriptors are no parameters: a transferred potential keeps those of its origin, and the learnt layers their meaning.
+The statistics of the descriptors are no parameters, nor are ænet's weights of species: a transferred potential keeps those of its origin,
+and the learnt layers their meaning.
 
 Source of the transfer mechanism:
     A. El Aisnada et al., arXiv 2408.12939 (keep the statistics and the energy scale, freeze layers).
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tumbaga.driver.backends.aenet_descriptors import Fingerprint
 from tumbaga.driver.backends.aenet_files import FLAT, Basis, spins
 from tumbaga.driver.backends.aenet_net import Hyper, Network
-from tumbaga.driver.backends.aenet_parts import ARCHITECTURE, Tensors
+from tumbaga.driver.backends.aenet_parts import ARCHITECTURE, SPINS, Tensors
 from tumbaga.driver.backends.flat import species_table
 from tumbaga.driver.backends.painn_pairs import pairs
 from tumbaga.driver.errors import PotentialError
@@ -47,6 +48,9 @@ class Prepared(NamedTuple):
 class Module(nn.Module):
     """Network and readout as one thing to train.
 
+    The weights of the species are trained, too, where no order of species gives them: two that weigh the same, since one started as the
+    other, must be able to part. Those of ænet stay as they are, so that what was ænet's stays ænet's.
+
     Args:
         network: its weights are taken over.
         readout: shape (n_elements, n_hidden), eV.
@@ -55,6 +59,8 @@ class Module(nn.Module):
     def __init__(self, network: Network, readout: Tensor) -> None:
         super().__init__()
         self.network = network.requires_grad_(True)
+        if _free_weights(network.fingerprint):
+            network.fingerprint.spins = nn.Parameter(network.fingerprint.spins)
         self.readout = nn.Parameter(readout)
 
     def forward(self, vectors: Tensor, first: Tensor, second: Tensor, species: Tensor) -> Tensor:
@@ -85,12 +91,13 @@ class AenetTuning:
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """See ``Tuning.groups``: "interactions.0" is the first hidden layer of every element, and so on."""
-        found: dict[str, list[str]] = {f"interactions.{k}": [] for k in range(max(map(len, self.hyper.widths)))}
-        found["readout"] = []
+        """See ``Tuning.groups``: "embedding" are the weights of species, "interactions.0" is the first hidden layer of all elements."""
+        named = {f"network.{SPINS}": "embedding", "readout": "readout"}
+        found: dict[str, tuple[str, ...]] = {}
         for name, _ in self.module.named_parameters():
-            found["readout" if name == "readout" else f"interactions.{name.rpartition('.')[2]}"].append(name)
-        return {part: tuple(names) for part, names in found.items()}
+            part = named.get(name, f"interactions.{name.rpartition('.')[2]}")
+            found[part] = (*found.get(part, ()), name)
+        return dict(sorted(found.items()))
 
     def prepare(self, frame: Frame) -> Prepared:
         """Find the pairs of a frame of known elements."""
@@ -128,11 +135,19 @@ def _frames(sizes: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor(np.repeat(np.arange(len(sizes)), sizes), device=like.device)
 
 
+def _free_weights(fingerprint: Fingerprint) -> bool:
+    """Whether there are weights of species that no order of species gives."""
+    rows = fingerprint.spins.tolist()
+    return fingerprint.weighted and any(len(set(row)) < len(row) or any(s % 1 for s in row) for row in rows)
+
+
 def fresh(hyper: Hyper, seed: int) -> Tensors:
     """Tensors of a network that knows nothing, float64, without the statistics of its descriptors; the process keeps its random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = {key: value.detach().double().numpy() for key, value in Network(hyper).state_dict().items() if key not in _STATISTICS}
+        made = {
+            key: value.detach().double().numpy() for key, value in Network(hyper).state_dict().items() if key not in (*_STATISTICS, SPINS)
+        }
         made["readout"] = torch.randn(len(hyper.elements) * hyper.n_hidden).double().numpy() * READOUT_SPREAD / hyper.members**0.5
     return {**made, "reference": np.zeros(len(hyper.elements))}
 
@@ -160,16 +175,16 @@ def created(
     """
     known = tuple(sorted(set(elements)))
     order = [chemical_symbols[z] for z in known]
-    weight = tuple(spins(order)[s] for s in order)
     each = len(known)
-    hyper = Hyper(known, basis or Basis(), (weight,) * each, each > 1, (tuple(widths),) * each, ((1,) * len(widths),) * each, members)
+    weights = np.tile([spins(order)[s] for s in order], (each, 1))
+    hyper = Hyper(known, basis or Basis(), each > 1, (tuple(widths),) * each, ((1,) * len(widths),) * each, members)
     facts = {"level": "", "licence": "", "mean_h2": 0.0, "environments": [order] * each, "atomic": [0.0] * each}
     metadata = {"architecture": ARCHITECTURE, "hyper": json.dumps(asdict(hyper)), "facts": json.dumps(facts)}
-    return {**fresh(hyper, seed), **_statistics(hyper, frames)}, metadata
+    return {**fresh(hyper, seed), SPINS: weights, **_statistics(hyper, weights, frames)}, metadata
 
 
-def _statistics(hyper: Hyper, frames: Sequence[Frame]) -> Tensors:
-    fingerprint, table = Fingerprint(hyper.basis, np.array(hyper.spins), hyper.weighted), species_table(hyper.elements)
+def _statistics(hyper: Hyper, weights: Array, frames: Sequence[Frame]) -> Tensors:
+    fingerprint, table = Fingerprint(hyper.basis, weights, hyper.weighted), species_table(hyper.elements)
     values, kinds = [], []
     for frame in (frame for frame in frames if set(frame.numbers) <= set(hyper.elements)):
         found, species = pairs(frame, hyper.basis.radial_cutoff), table[frame.numbers]
@@ -217,7 +232,7 @@ def with_elements(
         raise PotentialError(name, "a potential needs an element")
     centre = [hyper.elements.index(like.get(z, z)) for z in elements]
     seen = [hyper.elements.index(z if z in hyper.elements else like[z]) for z in elements]
-    own = np.array(hyper.spins)[np.ix_(centre, seen)]
+    own = np.array(tensors[SPINS])[np.ix_(centre, seen)]
     for z, weight in weights.items():
         if z not in elements:
             raise PotentialError(name, f"a weight is given for {chemical_symbols[z]}, which it would not know")
@@ -225,11 +240,10 @@ def with_elements(
     made = replace(
         hyper,
         elements=elements,
-        spins=tuple(tuple(float(s) for s in row) for row in own),
         widths=tuple(hyper.widths[k] for k in centre),
         activations=tuple(hyper.activations[k] for k in centre),
     )
-    return made, _copied(hyper, made, tensors, centre), _facts(facts, centre)
+    return made, {**_copied(hyper, made, tensors, centre), SPINS: own}, _facts(facts, centre)
 
 
 def _copied(hyper: Hyper, made: Hyper, tensors: Mapping[str, np.ndarray], centre: Sequence[int]) -> Tensors:
