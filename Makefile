@@ -50,7 +50,7 @@ mace: $(MACE)/installed  ## the tests of the MACE back end, in an environment of
 
 chgnet: $(CHGNET)/installed  ## the tests of the CHGNet back end, in an environment of its own
 	@echo "== tests of the CHGNet back end"
-	$(CHGNET)/bin/pytest -q tests/driver/test_chgnet.py
+	$(CHGNET)/bin/pytest -q tests/driver/test_chgnet.py tests/driver/test_chgnet_training.py
 
 $(BIN)/python:
 	@echo "== environment in $(VENV)"

@@ -13,7 +13,7 @@ Source:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -22,8 +22,9 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from tumbaga.driver.backends.chgnet_files import wanted
-from tumbaga.driver.backends.chgnet_net import Indices
-from tumbaga.driver.backends.chgnet_parts import ARCHITECTURE, READOUT, REFERENCE, Parts, quiet, taken_apart
+from tumbaga.driver.backends.chgnet_net import Indices, Network
+from tumbaga.driver.backends.chgnet_parts import ARCHITECTURE, READOUT, REFERENCE, Parts, quiet, taken_apart, untrained
+from tumbaga.driver.backends.chgnet_training import CHGNetTuning, Prepared, fresh, with_elements
 from tumbaga.driver.backends.flat import DTYPES, Graph, chosen_device, flattened, scattered, species_table
 from tumbaga.driver.backends.painn_lists import Lists
 from tumbaga.driver.errors import PotentialError
@@ -34,7 +35,7 @@ _LINES: Final = 32768  # pairs and angles of all tangents that are pushed throug
 
 
 class CHGNet:
-    """A CHGNet potential; implements ``Trainable``.
+    """A CHGNet potential; implements ``Tunable``.
 
     Args:
         name: as the user wrote it.
@@ -57,9 +58,10 @@ class CHGNet:
             elements=parts.elements,
             cutoff=cutoff,
             n_hidden=self._width if learns else 0,
-            level=parts.level,
+            level=str(parts.facts.get("level", "")),
+            mean_h2=float(parts.facts.get("mean_h2", 0.0)),
             dtype=dtype,
-            licence=parts.licence,
+            licence=str(parts.facts.get("licence", "")),
         )
         self._network = parts.network.to(self._device, self._dtype)
         self._numbers = np.array(parts.elements)
@@ -73,8 +75,7 @@ class CHGNet:
     def metadata(self) -> dict[str, str]:
         """What a file of its tensors must say beside them: "architecture", and "hyper" (elements, model) and "facts" as JSON."""
         hyper = {"elements": self._parts.elements, "model": self._parts.config}
-        facts = {"level": self.spec.level, "licence": self.spec.licence}
-        return {"architecture": ARCHITECTURE, "hyper": json.dumps(hyper), "facts": json.dumps(facts)}
+        return {"architecture": ARCHITECTURE, "hyper": json.dumps(hyper), "facts": json.dumps(self._parts.facts)}
 
     def predict(self, frames: Sequence[Frame], readouts: Array | None = None) -> list[Prediction]:
         """Evaluate frames of any sizes as one batch; see ``Potential.predict``.
@@ -125,6 +126,39 @@ class CHGNet:
         own = {key: value.detach().cpu().numpy().copy() for key, value in self._network.state_dict().items()}
         given = self._parts.readout if readout is None or not self.spec.n_hidden else readout
         return {**own, READOUT: given.reshape(-1).copy(), REFERENCE: self._parts.reference.copy()}
+
+    def tuning(self, seed: int | None = None) -> CHGNetTuning:
+        """Open a copy for training, in the dtype and on the device of this one; see ``Tunable.tuning``.
+
+        Raises:
+            PotentialError: its elements are not named, and what was trained could not learn afterwards.
+        """
+        if not self.spec.n_hidden:
+            raise PotentialError(self.spec.name, "is trained for named elements; write for example chgnet:0.3.0?elements=Cu,Au,O,H")
+        parts = self._parts if seed is None else fresh(self._parts, seed, self._untrained)
+        return CHGNetTuning(parts, torch.tensor(parts.readout, dtype=self._dtype, device=self._device), self._prepared, self._finished)
+
+    def with_elements(self, like: Mapping[int, int]) -> CHGNet:
+        """Return a potential in which some elements start as others; see ``Tunable.with_elements``.
+
+        Raises:
+            PotentialError: its elements are not named, an element to start from is not known, or the network has no row for a new one.
+        """
+        if not self.spec.n_hidden:
+            raise PotentialError(
+                self.spec.name, "knows its elements from the start; name those that are to change, as in ?elements=Cu,Au,O,H"
+            )
+        return self._finished(with_elements(self.spec.name, self._parts, like))
+
+    def _untrained(self) -> Network:
+        return untrained(self.spec.name, self._parts).to(self._device, self._dtype)
+
+    def _prepared(self, frame: Frame) -> Prepared:
+        graph = self._graph([frame])
+        return Prepared(torch.tensor(graph.species, device=self._device), *self._inputs(graph))
+
+    def _finished(self, parts: Parts) -> CHGNet:
+        return CHGNet(self.spec.name, parts, True, str(self._device), self.spec.dtype)
 
     def _graph(self, frames: Sequence[Frame]) -> Graph:
         return flattened(self.spec.name, self.spec.elements, self._table, self._lists, frames)

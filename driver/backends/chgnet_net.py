@@ -10,6 +10,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,27 @@ class Indices(NamedTuple):
     left: Tensor
     right: Tensor
     angled: Tensor | None
+
+
+def joined(several: Sequence[Indices]) -> Indices:
+    """The graphs of several frames as one batch; atoms, pairs and bonds are counted on."""
+    atoms, pairs, bonds = (np.cumsum([0, *(len(getattr(one, part)) for one in several)]).tolist() for part in ("kinds", "bond_of", "leads"))
+
+    def chained(part: str, starts: Sequence[int]) -> Tensor:
+        return torch.cat([getattr(one, part) + start for one, start in zip(several, starts, strict=False)])
+
+    angles = [one.angles + one.angles.new_tensor([atom, bond, bond]) for one, atom, bond in zip(several, atoms, bonds, strict=False)]
+    angled = [torch.ones_like(one.leads[:, None], dtype=torch.bool) if one.angled is None else one.angled for one in several]
+    return Indices(
+        kinds=torch.cat([one.kinds for one in several]),
+        pairs=chained("pairs", atoms),
+        bond_of=chained("bond_of", bonds),
+        leads=chained("leads", pairs),
+        angles=torch.cat(angles),
+        left=chained("left", pairs),
+        right=chained("right", pairs),
+        angled=None if all(one.angled is None for one in several) else torch.cat(angled),
+    )
 
 
 class Network(nn.Module):

@@ -49,8 +49,7 @@ class Parts(NamedTuple):
         readout: shape (n_elements, n_hidden), float64, eV.
         reference: shape (n_elements,), float64, eV.
         config: what chgnet builds the model from.
-        level: of theory, for people.
-        licence: of the weights; empty if unknown.
+        facts: what a version file says of it beside, JSON-compatible: "level" of theory, "licence" of the weights, how it was made.
     """
 
     network: Network
@@ -58,8 +57,7 @@ class Parts(NamedTuple):
     readout: Array
     reference: Array
     config: Mapping[str, Any]
-    level: str
-    licence: str
+    facts: Mapping[str, Any]
 
 
 def taken_apart(asked: Wanted) -> tuple[Parts, bool]:
@@ -99,8 +97,8 @@ def _of_checkpoint(asked: Wanted) -> Parts:
     last = getattr(model.mlp, "layers", model.mlp)[-1]
     readout = np.tile(_numpy(last.weight), (len(elements), 1))
     reference = table[np.array(elements) - 1] + float(last.bias)
-    licence = _LICENCE if asked.model in PACKAGED else ""
-    return Parts(_network(model), elements, readout, reference, config, _LEVELS.get(asked.model, ""), licence)
+    facts = {"level": _LEVELS[asked.model], "licence": _LICENCE} if asked.model in PACKAGED else {}
+    return Parts(_network(model), elements, readout, reference, config, facts)
 
 
 def _of_version(asked: Wanted) -> Parts:
@@ -119,8 +117,13 @@ def _of_version(asked: Wanted) -> Parts:
         raise PotentialError(asked.name, "the file says itself which elements it learns; leave out ?elements")
     network = _network(_built(asked.name, config))
     _fill(asked.name, network, {key: torch.tensor(tensors[key]) for key in network.state_dict() if key in tensors})
-    level, licence = (str(facts.get(key, "")) for key in ("level", "licence"))
-    return Parts(network, elements, readout, reference, config, level, licence)
+    return Parts(network, elements, readout, reference, config, facts)
+
+
+def untrained(name: str, parts: Parts) -> Network:
+    """A network like that of the parts, with new weights; random numbers are torch's."""
+    with quiet():
+        return _network(_built(name, parts.config))
 
 
 def _table(name: str, tensors: Mapping[str, Tensor]) -> Array:
