@@ -61,9 +61,10 @@ class Watch:
             self._bars.update(self._tasks[name], completed=self._epochs if line["ended"] else done, told=told)
         elif not self._quiet and (line["ended"] or done % max(1, self._epochs // _PLAIN) == 0):
             left = (self._epochs - done) * line["seconds"] / done
-            typer.echo(
-                f"{name}: epoch {done}/{self._epochs}  {told}  {'done' if line['ended'] else f'at most {left:.0f} s left'}", err=True
-            )
+            state = f"at most {left:.0f} s left"
+            if line["ended"]:
+                state = "done" if done == self._epochs else "stopped early"
+            typer.echo(f"{name}: epoch {done}/{self._epochs}  {told}  {state}", err=True)
 
     @staticmethod
     def text(line: dict[str, Any]) -> str:
