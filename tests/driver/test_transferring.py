@@ -23,6 +23,7 @@ from tumbaga.driver.backends import painn_training, registry
 from tumbaga.driver.backends.painn import ARCHITECTURE, PaiNN, load
 from tumbaga.driver.backends.painn_net import Hyper
 from tumbaga.driver.errors import ConfigError, PotentialError
+from tumbaga.driver.serving import serve
 from tumbaga.driver.slot import BASE, Slot
 from tumbaga.online import last_layer, versions
 from tumbaga.online.errors import VersionError
@@ -259,6 +260,21 @@ def test_versions_of_another_shape_are_refused(tmp_path: Path) -> None:
     for slot, file in ((Slot(old), version(new, tmp_path, 1)), (Slot(new), version(old, tmp_path, 2))):
         with pytest.raises(VersionError):
             slot.load(1, file, keep=(BASE,))
+
+
+@pytest.mark.slow
+def test_a_trained_file_is_served(tumbaga: Tumbaga, folder: Path) -> None:
+    """A server that is told the file answers an ASE script with the file's own energies and forces."""
+    transfer(tumbaga, "--no-compare")
+    frame = frames(1, 13)[0]
+    atoms = Atoms(frame.numbers, frame.positions)
+    with serve(atoms, "painn:new.safetensors", run_dir=folder / "run", learn=False, device="cpu") as served:
+        atoms.calc = served
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+    (said,) = load("painn:new.safetensors", "cpu").predict([frame])
+
+    assert energy == pytest.approx(said.energy, abs=1e-4)
+    np.testing.assert_allclose(forces, said.forces, atol=1e-4)
 
 
 # -- killed and stopped ----------------------------------------------------------------------------------------------------------------
