@@ -82,6 +82,9 @@ def transfer(
     ] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[Literal["float32", "float64"], typer.Option("--dtype", help="Of the network.")] = "float32",
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", min=1, help="On a CPU; default: 1, all for foundation models.")
+    ] = None,
     energy_key: cli_data.EnergyKeyOption = "",
     forces_key: cli_data.ForcesKeyOption = "",
     stress_key: cli_data.StressKeyOption = "",
@@ -147,6 +150,7 @@ def transfer(
             transferring.check_elements(start, some)
         sets = Sets(train, validation, old)
         settings = transferring.settings_for(start, sets, from_scratch, chosen)
+        _use_threads(threads, transferring.is_large(start))
         facts = {"level": ", ".join(sorted({one.label.method for one in train}))}
         plan = transferring.Plan(start, sets, judges, settings, from_scratch, not no_compare, facts)
         result = _train(plan, folder, quiet)
@@ -245,6 +249,14 @@ def _test(
     if validation:
         return list(validation), "validation frames, which chose the best epoch; name others with --test"
     return list(train), "frames that were learnt, there being no others: name some with --test"
+
+
+def _use_threads(threads: int | None, large: bool) -> None:
+    """A small network has small operators: several threads wait for each other, and where other programs run they wait long."""
+    import torch
+
+    if threads is not None or not large:
+        torch.set_num_threads(threads or 1)
 
 
 def _train(plan: Plan, folder: Path, quiet: bool) -> Result:

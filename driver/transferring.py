@@ -142,7 +142,7 @@ def settings_for(start: Tunable, sets: Sets, from_scratch: bool, chosen: dict[st
     Raises:
         ConfigError: a setting is out of range.
     """
-    large = sum(value.numel() for value in start.tuning().module.parameters()) > LARGE
+    large = is_large(start)
     rate = RATES[SCRATCH] if from_scratch else RATES["large" if large else "small"]
     try:
         first = Settings(**{"epochs": 1, "rate": rate, **chosen})
@@ -156,6 +156,11 @@ def settings_for(start: Tunable, sets: Sets, from_scratch: bool, chosen: dict[st
         wanted = STEPS_LARGE if large and not from_scratch else STEPS
         first = replace(first, epochs=min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(wanted / max(1, steps)))))
     return first if "patience" in chosen else replace(first, patience=max(30, first.epochs // 3))
+
+
+def is_large(start: Tunable) -> bool:
+    """Whether a potential has as many parameters as foundation models have."""
+    return bool(sum(value.numel() for value in start.tuning().module.parameters()) > LARGE)
 
 
 def carry_out(plan: Plan, folder: Path, observe: Observe | None = None, stop: Callable[[], bool] | None = None) -> Result:

@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
@@ -36,6 +37,15 @@ from tumbaga.online.versions import LastLayer
 HYPER = Hyper((1, 8), cutoff=3.5, channels=8, layers=2, n_radial=6, n_hidden=4)
 QUICK = ("--epochs", "3", "--batch-atoms", "16", "--device", "cpu", "--quiet")
 Tumbaga = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny operators on several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny(seed: int = 0, noise: float = 0.0, offset: float = 0.0) -> PaiNN:

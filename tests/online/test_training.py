@@ -7,7 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +32,15 @@ ELEMENTS = (1, 8)
 OFFSETS = {1: -13.0, 8: -2040.0}  # eV, what the labels' level of theory adds to an atom
 SAME = 1e-12  # float64, the same operations in the same order
 QUICK = Settings(epochs=6, rate=5e-3, batch_atoms=12, warmup=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny operators on several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def potential(seed: int = 0, noise: float = 0.0) -> PaiNN:
@@ -84,12 +93,12 @@ def assert_same(one: Outcome, other: Outcome) -> None:
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
-    """A few epochs halve the force error on frames never seen, and the log has a line for each epoch."""
+    """Some epochs lower the force error on frames never seen by more than a third, and the log has a line for each epoch."""
     before = force_rmse(START, VALID)
-    outcome = trained(tmp_path, replace(QUICK, epochs=25, rate=1e-2))
+    outcome = trained(tmp_path, replace(QUICK, epochs=40))
 
-    assert force_rmse(outcome.potential, VALID) < 0.5 * before
-    assert [line["epoch"] for line in outcome.history] == list(range(25))
+    assert force_rmse(outcome.potential, VALID) < 0.65 * before
+    assert [line["epoch"] for line in outcome.history] == list(range(40))
     assert outcome.history[-1]["train_loss"] < 0.25 * outcome.history[0]["train_loss"]
     assert outcome.history[outcome.best]["valid_force_rmse"] == pytest.approx(force_rmse(outcome.potential, VALID), rel=1e-9)
 
@@ -219,6 +228,8 @@ spec = importlib.util.spec_from_file_location("parts", {file!r})
 parts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(parts)
 from pathlib import Path
+import torch
+torch.set_num_threads(1)
 steps = 0
 def stop():
     global steps
