@@ -18,13 +18,16 @@ Band = tuple[float, float, float]  # value, low, high
 
 
 def over_seeds(values: Sequence[float]) -> Band:
-    """The mean with its 95 % t-interval; the interval is nan for fewer than two values."""
-    found = np.asarray(values, dtype=np.float64)
-    mean = float(found.mean())
-    if len(found) < 2:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
-    return mean, mean - half, mean + half
+    """The geometric mean of errors with the 95 % t-interval of the mean logarithm; the interval is nan for fewer than two values.
+
+    Errors are above zero and differ by factors: the interval of the plain mean of three of them may well begin below zero.
+    """
+    logs = np.log(np.asarray(values, dtype=np.float64))
+    mean = float(logs.mean())
+    if len(logs) < 2:
+        return math.exp(mean), math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def share(successes: int, total: int) -> Band:

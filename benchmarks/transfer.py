@@ -19,7 +19,7 @@ MD of the larger cluster: Langevin, 1 fs, at 300 and 500 K, without a wall, from
 potential how sure it is, are those of `_survival.py`. A run survives if nothing ends it: neither a failure, nor a reaction, nor evaporation;
 the counts of each stand in the JSON. The horizon is short (see the table's head): survival here says that a potential does not fail at once.
 
-Curves are means over seeds with 95 % t-intervals, shares with Wilson's. Pass: the held-out force errors of both arms fall from the fewest
+Errors are geometric means over seeds with the 95 % t-interval of their logarithm, shares have Wilson's interval. Pass: the held-out force errors of both arms fall from the fewest
 labels to the most. Which arm is better, and where, is what is to be found out.
 """
 
@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -287,6 +287,32 @@ def told(measured: Sequence[Measured], length: Length, seconds: float) -> dict[s
     }
 
 
+def write(picture: Path | None, figures: Path | None, found: Sequence[Row], plain: dict[str, object], length: Length) -> None:
+    """Plot and JSON, where they are wanted."""
+    if picture:
+        plot(picture, found, length)
+    if figures:
+        write_whole(figures, (json.dumps(evaluating.finite(plain), indent=1) + "\n").encode())
+
+
+def measure(length: Length, processes: int, after_seed: Callable[[Sequence[Measured]], None]) -> list[Measured]:
+    """Labels, then all potentials, a seed after the other; a line each."""
+    began, data = time.monotonic(), labelled(length)
+    kinds = ((data.pool, "to learn"), (data.test, "to test"), (data.large, f"of {LARGE}"))
+    print(
+        f"labels by {TEACHER}: {', '.join(f'{len(frames)} {name}' for frames, name in kinds)}; {time.monotonic() - began:.0f} s", flush=True
+    )
+    measured = [judged(registry.load(MODEL, "cpu"), UNTUNED, 0, 0, data, length, time.monotonic())]
+    jobs = [(seed, count) for seed in range(length.seeds) for count in length.counts]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for done, both in enumerate(pool.imap(functools.partial(pair, data, length), jobs), 1):
+            measured += both
+            print("\n".join(line(row) for row in rows(both)) + f"   seed {both[0].seed}, {both[0].seconds:.0f} s", flush=True)
+            if done % len(length.counts) == 0:
+                after_seed(measured)
+    return measured
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -295,33 +321,29 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, anew after each seed")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the curves there, a PNG, likewise")
     parser.add_argument("--processes", metavar="N", type=int, default=1, help="trainings at a time, a core each")
+    parser.add_argument(
+        "--again",
+        metavar="FILE",
+        type=Path,
+        help="measure nothing: table, plot and intervals once more from the figures of an earlier --json",
+    )
     options = parser.parse_args()
     length, began = QUICK if options.quick else FULL, time.monotonic()
-    data = labelled(length)
-    sizes = ", ".join(
-        f"{len(frames)} {name}" for frames, name in ((data.pool, "to learn"), (data.test, "to test"), (data.large, f"of {LARGE}"))
-    )
-    print(f"labels by {TEACHER}: {sizes}; {time.monotonic() - began:.0f} s", flush=True)
-    measured = [judged(registry.load(MODEL, "cpu"), UNTUNED, 0, 0, data, length, time.monotonic())]
-    jobs = [(seed, count) for seed in range(length.seeds) for count in length.counts]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for done, both in enumerate(pool.imap(functools.partial(pair, data, length), jobs), 1):
-            measured += both
-            print("\n".join(line(row) for row in rows(both)) + f"   seed {both[0].seed}, {both[0].seconds:.0f} s", flush=True)
-            if done % len(length.counts) == 0:
-                if options.plot:
-                    plot(options.plot, rows(measured), length)
-                if options.json:
-                    write_whole(
-                        options.json,
-                        (json.dumps(evaluating.finite(told(measured, length, time.monotonic() - began)), indent=1) + "\n").encode(),
-                    )
+    if options.again:
+        kept = json.loads(options.again.read_text())
+        length, measured = Length(**kept["length"]), [Measured(**one) for one in kept["potentials"]]
+        plain = {**told(measured, length, kept["seconds"]), "machine": kept["machine"], "command": kept["command"]}
+        write(options.plot, options.json, rows(measured), plain, length)
+    else:
+        measured = measure(
+            length, options.processes, lambda some: write(options.plot, options.json, some, length, time.monotonic() - began)
+        )
     found = rows(measured)
     print("\n".join([head(length), *map(line, found)]))
     if faults := missed(found):
         print(f"MISSED: {'; '.join(faults)}")
         return 1
-    print(f"passed: the errors of both arms fall from {length.counts[0]} to {length.counts[-1]} labels; {time.monotonic() - began:.0f} s")
+    print(f"passed: the errors of both arms fall from {length.counts[0]} to {length.counts[-1]} labels")
     return 0
 
 
