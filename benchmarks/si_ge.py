@@ -143,6 +143,12 @@ def band(runs: Sequence[Trained], arm: str, count: int) -> Band:
     return over_seeds([one.rmse for one in runs if (one.arm, one.labels) == (arm, count)])
 
 
+def ratio(runs: Sequence[Trained], count: int) -> Band:
+    """The error with transfer over that from scratch, pair by pair: both arms of a seed see the same labels."""
+    errors = {(one.arm, one.seed): one.rmse for one in runs if one.labels == count}
+    return over_seeds([errors[TRANSFER, seed] / errors[SCRATCH, seed] for arm, seed in errors if arm == SCRATCH])
+
+
 def missed(runs: Sequence[Trained]) -> list[str]:
     """The pass lines that were not reached, each in words."""
     ends = {arm: [band(runs, arm, count)[0] for count in (COUNTS[0], COUNTS[-1])] for arm in (TRANSFER, SCRATCH)}
@@ -170,6 +176,8 @@ def plot(path: Path, runs: Sequence[Trained], untuned: float, rms: float) -> Non
     axes.axhline(untuned, color="0.5", ls="--", label="the Si potential untuned")
     axes.axhline(rms, color="0.8", ls=":", label="rms of the labels")
     axes.set(xscale="log", yscale="log", xlabel="labels of Ge", ylabel="force RMSE on test frames, eV/Å", xticks=COUNTS, xticklabels=COUNTS)
+    ticks = [0.1, 0.2, 0.3, 0.5, 1, 2]
+    axes.set_yticks(ticks, ticks)
     axes.minorticks_off()
     axes.legend(fontsize=8)
     axes.set_title(f"Si to Ge, Stillinger-Weber; {len({one.seed for one in runs})} seeds, 95 % t-intervals", fontsize=9)
@@ -182,7 +190,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the curves there, a PNG")
     options = parser.parse_args()
-    length = Length(90, 30, 300, 100, 3) if options.quick else Length(150, 60, 800, 300, 5)
+    length = Length(90, 30, 300, 100, 3) if options.quick else Length(150, 60, 800, 300, 3)
     torch.set_num_threads(1)
     began = time.monotonic()
     known, pool, test = frames(SI, length.silicon, 0), frames(GE, COUNTS[-1] + 40, 1), frames(GE, length.test, 2)
@@ -199,6 +207,9 @@ def main() -> int:
     bands = [(arm, count, *band(runs, arm, count)) for count in COUNTS for arm in (TRANSFER, SCRATCH)]
     for arm, count, mean, low, high in bands:
         print(f"{arm:10} {count:6d} {mean:18.3f}  {low:.3f} to {high:.3f}")
+    ratios = {count: ratio(runs, count) for count in COUNTS}
+    for count, (mean, low, high) in ratios.items():
+        print(f"at {count} labels the error with transfer is {mean:.2f} ({low:.2f} to {high:.2f}) times that from scratch, seed by seed")
     faults = missed(runs)
     if options.plot:
         plot(options.plot, runs, error.rmse, error.rms)
@@ -214,6 +225,7 @@ def main() -> int:
             "untuned_rmse": error.rmse,
             "rms_of_labels": error.rms,
             "bands": [dict(zip(("arm", "labels", "rmse", "low", "high"), one, strict=True)) for one in bands],
+            "ratios": {str(count): one for count, one in ratios.items()},
             "runs": [asdict(one) for one in runs],
         }
         options.json.write_text(json.dumps(told, indent=1) + "\n")

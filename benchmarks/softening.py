@@ -178,7 +178,7 @@ def plot(path: Path, arms: Arms, rows: Sequence[Row]) -> None:
         axes.scatter(true, said, s=4, alpha=0.5, linewidths=0)
         slope = one.slope.origin
         axes.plot([-reach, reach], [-reach * slope.value, reach * slope.value], color="C1", lw=1)
-        axes.set_title(f"{arm}: slope {slope.value:.2f} ({slope.low:.2f} to {slope.high:.2f})\nRMSE {one.rmse:.2f} eV/Å", fontsize=9)
+        axes.set_title(f"{arm}\nslope {slope.value:.2f} ({slope.low:.2f} to {slope.high:.2f})\nRMSE {one.rmse:.2f} eV/Å", fontsize=9)
         axes.set_xlabel("PBE force, eV/Å")
         axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
     figure.axes[0].set_ylabel("CHGNet force, held out, eV/Å")
