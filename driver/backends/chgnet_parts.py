@@ -13,8 +13,7 @@ import contextlib
 import io
 import json
 import pickle
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -23,13 +22,14 @@ from ase.data import chemical_symbols
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tumbaga.driver.backends.chgnet_files import PACKAGED, Wanted
+from tumbaga.driver.backends.chgnet_files import PACKAGED
 from tumbaga.driver.backends.chgnet_net import Network
+from tumbaga.driver.backends.guest import READOUT, REFERENCE, array_of, quiet
+from tumbaga.driver.backends.guest_names import Wanted
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.records import Array
 
 ARCHITECTURE: Final = "chgnet-1"
-READOUT, REFERENCE = "readout", "reference"  # the tensors outside the network, float64
 _LEVELS: Final = {
     "0.3.0": "PBE, PBE+U, MP2020 corrections (MPtrj)",
     "0.2.0": "PBE, PBE+U, MP2020 corrections (MPtrj)",
@@ -58,6 +58,16 @@ class Parts(NamedTuple):
     reference: Array
     config: Mapping[str, Any]
     facts: Mapping[str, Any]
+
+    @property
+    def cutoff(self) -> float:
+        """Up to which length there are pairs, Å."""
+        return self.network.cutoff
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """What a version file says of its shape: "elements" and "model"."""
+        return {"elements": self.elements, "model": self.config}
 
 
 def taken_apart(asked: Wanted) -> tuple[Parts, bool]:
@@ -95,7 +105,7 @@ def _of_checkpoint(asked: Wanted) -> Parts:
         raise PotentialError(asked.name, f"it does not know {named}; it knows {', '.join(chemical_symbols[z] for z in known)}")
     elements = asked.elements or known
     last = getattr(model.mlp, "layers", model.mlp)[-1]
-    readout = np.tile(_numpy(last.weight), (len(elements), 1))
+    readout = np.tile(array_of(last.weight), (len(elements), 1))
     reference = table[np.array(elements) - 1] + float(last.bias)
     facts = {"level": _LEVELS[asked.model], "licence": _LICENCE} if asked.model in PACKAGED else {}
     return Parts(_network(model), elements, readout, reference, config, facts)
@@ -136,7 +146,7 @@ def _table(name: str, tensors: Mapping[str, Tensor]) -> Array:
         raise PotentialError(
             name, "has energies of the elements that are no table; composition models other than AtomRef are not supported"
         )
-    return _numpy(tensors[_TABLE]).reshape(-1) if _TABLE in tensors else np.zeros(len(tensors["atom_embedding.embedding.weight"]))
+    return array_of(tensors[_TABLE]).reshape(-1) if _TABLE in tensors else np.zeros(len(tensors["atom_embedding.embedding.weight"]))
 
 
 def _built(name: str, config: Mapping[str, Any]) -> Any:
@@ -174,15 +184,3 @@ def _number_globals() -> list[Any]:
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     old: list[Any] = [(scalar, "numpy.core.multiarray.scalar")]
     return [*old, scalar, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep warnings back: nobody here can mend what the package, and torch on its behalf, call outdated or slow."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _numpy(tensor: Tensor) -> Array:
-    return np.asarray(tensor.detach().cpu().numpy(), dtype=np.float64)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import numpy as np
 import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from tumbaga.driver.backends.chgnet_net import Indices, Network, joined
 from tumbaga.driver.backends.chgnet_parts import Parts
+from tumbaga.driver.backends.guest_training import GuestTuning
+from tumbaga.driver.backends.trial import Batch, tried
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import Trial
-from tumbaga.online.records import Array, Frame
+from tumbaga.online.records import Frame
 
 if TYPE_CHECKING:
     from tumbaga.driver.backends.chgnet import CHGNet
 
-READOUT_SPREAD: Final = 0.1  # eV; of the readout weights of a network that starts from nothing
 _HEAD: Final = ("readout_norm", "mlp")
 
 
@@ -51,7 +51,7 @@ class Module(nn.Module):
         return (features * self.readout[species]).sum(dim=1)
 
 
-class CHGNetTuning:
+class CHGNetTuning(GuestTuning[Parts, "CHGNet"]):
     """Implements ``Tuning`` for CHGNet.
 
     Args:
@@ -62,64 +62,22 @@ class CHGNetTuning:
     """
 
     def __init__(self, parts: Parts, readout: Tensor, prepare: Callable[[Frame], Prepared], finish: Callable[[Parts], CHGNet]) -> None:
-        self.module, self.reference = Module(parts.network, readout), parts.reference.copy()
+        super().__init__(Module(parts.network, readout), parts, _group, finish)
         self.prepare = prepare
-        self._parts, self._finish = parts, finish
-
-    @property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """See ``Tuning.groups``."""
-        found: dict[str, list[str]] = {}
-        for name, _ in self.module.named_parameters():
-            found.setdefault(_group(name), []).append(name)
-        return {group: tuple(names) for group, names in found.items()}
 
     def evaluate(self, prepared: Sequence[Prepared], *, forces: bool = True, virials: bool = False, create_graph: bool = True) -> Trial:
         """See ``Tuning.evaluate``."""
         indices = joined([one.indices for one in prepared])
-        species, vectors = torch.cat([one.species for one in prepared]), torch.cat([one.vectors for one in prepared])
-        sizes = [len(one.species) for one in prepared]
-        sloped = forces or virials
-        with torch.set_grad_enabled(sloped or create_graph):
-            vectors = vectors.requires_grad_(sloped)
-            atoms = self.module(vectors, indices, species)
-            energies = atoms.new_zeros(len(sizes)).index_add(0, _repeated(sizes, atoms), atoms)
-            if not sloped:
-                return Trial(energies)
-            (gradients,) = torch.autograd.grad(atoms.sum(), vectors, create_graph=create_graph)
-        energies = energies if create_graph else energies.detach()
+        species = torch.cat([one.species for one in prepared])
         first, second = indices.pairs.unbind(dim=1)
-        pulls = gradients.new_zeros((len(species), 3)).index_add(0, first, gradients).index_add(0, second, gradients, alpha=-1)
-        if not virials:
-            return Trial(energies, pulls)
-        each = -vectors.detach()[:, :, None] * gradients[:, None, :]
-        of_pairs = _repeated([len(one.vectors) for one in prepared], atoms)
-        strain = gradients.new_zeros((len(sizes), 3, 3)).index_add(0, of_pairs, each)
-        return Trial(energies, pulls if forces else None, 0.5 * (strain + strain.transpose(1, 2)))
-
-    def trained(self, reference: Array, facts: Mapping[str, Any]) -> CHGNet:
-        """See ``Tuning.trained``."""
-        network = copy.deepcopy(self.module.network).requires_grad_(False)
-        readout = self.module.readout.detach().cpu().double().numpy().copy()
-        held = {**self._parts.facts, **facts}
-        return self._finish(
-            self._parts._replace(network=network, readout=readout, reference=np.array(reference, dtype=np.float64), facts=held)
+        batch = Batch(
+            first,
+            second,
+            vectors=torch.cat([one.vectors for one in prepared]),
+            n_atoms=[len(one.species) for one in prepared],
+            n_pairs=[len(one.vectors) for one in prepared],
         )
-
-
-def fresh(parts: Parts, seed: int, build: Callable[[], Network]) -> Parts:
-    """Parts with new weights and reference energies of zero; the random numbers of the process stay as they are.
-
-    Args:
-        parts: of the model whose shape is kept.
-        seed: of the weights.
-        build: makes the network anew.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build()
-        readout = torch.randn(parts.readout.shape).double().numpy() * READOUT_SPREAD
-    return parts._replace(network=network, readout=readout, reference=np.zeros_like(parts.reference))
+        return tried(lambda vectors: self.module(vectors, indices, species), batch, forces, virials, create_graph)
 
 
 def with_elements(name: str, parts: Parts, like: Mapping[int, int]) -> Parts:
@@ -159,7 +117,3 @@ def _group(name: str) -> str:
     if words[1].endswith("_layers"):
         return f"interactions.{words[2]}"
     return "head" if words[1] in _HEAD else "embedding"
-
-
-def _repeated(sizes: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(np.repeat(np.arange(len(sizes)), sizes), device=like.device)
