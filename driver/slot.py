@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +60,12 @@ class Slot:
             # no label yet: the prior alone says how unsure the readout is
             self._put(BASE, own, fit([], own, mean_h2=self._trainable.spec.mean_h2 or 1.0).covariance)
 
+    @functools.cached_property
+    def _network(self) -> str:
+        """What lies before the readout, as version files tell it."""
+        assert self._trainable is not None
+        return versions.fingerprint(self._trainable.state(), self._trainable.readout())
+
     @property
     def held(self) -> tuple[int, ...]:
         """The versions that can serve now."""
@@ -85,6 +92,9 @@ class Slot:
         for key in (key for key in _KIND if key in own and layer.metadata.get(key) != own[key]):
             # other elements, most often: as many weights mean something else there
             told = f"is of another potential: its {key} is {layer.metadata.get(key, 'not told')}, that of {self.potential.spec.name} {own[key]}"
+            raise VersionError(str(path), told)
+        if layer.metadata.get(versions.NETWORK, self._network) != self._network:
+            told = f"was learnt behind other weights than those of {self.potential.spec.name}; begin a new run directory with these"
             raise VersionError(str(path), told)
         self._put(version, layer.readout, layer.covariance)
         for old in set(self._readouts) - {version, BASE, *keep}:

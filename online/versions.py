@@ -24,6 +24,7 @@ from tumbaga.online.records import Array
 
 FOLDER = "versions"
 SERVING = "serving.json"
+NETWORK = "network"  # in the metadata: the `fingerprint` of what lies before the readout
 _READOUT, _COVARIANCE, _FACTS = "last_layer.readout", "last_layer.covariance", "tumbaga"
 
 
@@ -65,11 +66,29 @@ def write(run_dir: Path, number: int, tensors: Mapping[str, np.ndarray], layer: 
     """
     facts = json.dumps({**layer.facts, "number": number}, sort_keys=True)
     own = {_READOUT: np.ascontiguousarray(layer.readout), _COVARIANCE: np.ascontiguousarray(layer.covariance)}
-    data = _in_order(save_tensors({**{k: np.ascontiguousarray(v) for k, v in tensors.items()}, **own}, {**metadata, _FACTS: facts}))
+    told = {**metadata, _FACTS: facts}
+    if network := fingerprint(tensors, layer.readout):
+        told[NETWORK] = network
+    data = _in_order(save_tensors({**{k: np.ascontiguousarray(v) for k, v in tensors.items()}, **own}, told))
     digest = hashlib.sha256(data).hexdigest()
     path = Path(FOLDER) / f"{number:06d}-{digest[:8]}.safetensors"
     write_whole(run_dir / path, data)
     return VersionFile(number, digest, str(path))
+
+
+def fingerprint(tensors: Mapping[str, np.ndarray], readout: Array) -> str:
+    """Return a hash of all tensors but the readout, empty if there are no others: a readout means nothing behind another network.
+
+    Args:
+        tensors: of a potential; floating-point ones count with the digits of float32, so that the precision they run in does not matter.
+        readout: the one among them, whatever its name.
+    """
+    digest = hashlib.sha256()
+    others = {name: one for name, one in tensors.items() if not (one.size == readout.size and np.array_equal(one.reshape(-1), readout))}
+    for name, one in sorted(others.items()):
+        digest.update(f"{name} {one.shape} ".encode())
+        digest.update((one.astype(np.float32) if np.issubdtype(one.dtype, np.floating) else one).tobytes())
+    return digest.hexdigest()[:16] if others else ""
 
 
 def read(path: Path) -> LastLayer:

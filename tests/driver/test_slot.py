@@ -135,3 +135,22 @@ def test_a_potential_without_a_readout_serves_itself_only(tmp_path: Path) -> Non
     assert slot.held == (BASE,)
     with pytest.raises(VersionError, match="has no linear readout"):
         slot.load(1, file(tmp_path, 1, weights(1)), ())
+
+
+def test_a_readout_of_another_network_is_refused(tmp_path: Path) -> None:
+    """What was learnt before a potential was trained further does not serve after it, though its shape fits; precision does not matter."""
+    network = {"first": np.linspace(0.0, 1.0, 5, dtype=np.float32)}
+
+    class Deep(ToyTrainable):
+        def state(self, readout: Array | None = None) -> dict[str, np.ndarray]:
+            return {"readout": self.readout() if readout is None else readout, **network}
+
+    slot = Slot(Deep(elements=ELEMENTS, weights=weights(0), n_gaussians=2))
+    layer = LastLayer(weights(1), np.eye(8))
+    same = {"readout": weights(1), "first": network["first"].astype(np.float64)}
+    other = {"readout": weights(1), "first": np.linspace(0.0, 2.0, 5, dtype=np.float32)}
+
+    slot.load(1, tmp_path / versions.write(tmp_path, 1, same, layer, {}).path, ())
+    with pytest.raises(VersionError, match="was learnt behind other weights than those of .*; begin a new run directory"):
+        slot.load(2, tmp_path / versions.write(tmp_path, 2, other, layer, {}).path, (1,))
+    assert slot.held == (0, 1)
