@@ -540,6 +540,7 @@ def emt(count: int, seed: int) -> list[LabelledFrame]:
     return found
 
 
+@pytest.mark.slow
 def test_the_trainer_teaches_it(tmp_path: Path) -> None:
     """Some epochs on effective medium theory take 40 % of the force error on unseen frames away; a frozen layer stays as it was."""
     train, valid = emt(24, 1), emt(8, 2)

@@ -43,6 +43,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_its_tests_pass(package: Path) -> None:
     """The page's test file, run by pytest as it says, passes all checks of both metals but those of training more than the readout."""
     done = subprocess.run(
@@ -70,6 +71,7 @@ def test_it_is_found_by_its_name(package: Path) -> None:
         registry.load("morse:xe")
 
 
+@pytest.mark.slow
 def test_it_serves_with_an_uncertainty(package: Path, tmp_path: Path) -> None:
     """A server in processes of its own gives its forces, and tells how sure it is of them."""
     atoms = bulk("Cu", cubic=True)

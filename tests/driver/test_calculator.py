@@ -319,6 +319,7 @@ def test_langevin_and_optimisers_run_and_are_written(atoms: Atoms, tmp_path: Pat
     assert "force_std" not in atoms.get_properties(["energy", "forces"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_band_relaxes(atoms: Atoms, shared: bool) -> None:
     """NEB with a calculator for each image, or one for all: its forces fall, and the images differ."""

@@ -63,6 +63,7 @@ def few(tmp_path: Path) -> str:
     return "few.extxyz"
 
 
+@pytest.mark.slow
 def test_a_table_a_file_and_plots(tumbaga: Tumbaga, few: str, tmp_path: Path) -> None:
     """One call prints the errors that the file holds, writes the plots and says nothing on standard error."""
     code, out, err = tumbaga("evaluate", MODEL, few, "--json", "result.json", "--plots", "plots", "--uncertain-frames", "3")
@@ -94,6 +95,7 @@ def test_the_same_call_says_the_same(tumbaga: Tumbaga, few: str, tmp_path: Path)
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 
 
+@pytest.mark.slow
 def test_conditions_choose_frames(tumbaga: Tumbaga, few: str, tmp_path: Path) -> None:
     """Elements, counts, forces and chance choose from all files that are named; the title says how many were used."""
     write(tmp_path / "copper.extxyz", frames(range(0, 7000, 250)))

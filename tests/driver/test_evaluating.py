@@ -108,6 +108,7 @@ def test_the_slope_is_that_of_a_fit(potential: painn.PaiNN, few: list[LabelledFr
     assert report.slope.origin.low < report.slope.origin.value < report.slope.origin.high
 
 
+@pytest.mark.slow
 def test_the_coverage_is_that_of_the_prior(potential: painn.PaiNN, few: list[LabelledFrame], report: evaluating.Report) -> None:
     """Stds are force rows times the prior's width: 90 % intervals hold as many components as a loop over rows counts."""
     width = last_layer.Settings().prior_force / math.sqrt(potential.spec.mean_h2)
@@ -129,6 +130,7 @@ def test_the_coverage_is_that_of_the_prior(potential: painn.PaiNN, few: list[Lab
     assert "prior" in found.told
 
 
+@pytest.mark.slow
 def test_uncertainties_of_a_sample(potential: painn.PaiNN, few: list[LabelledFrame]) -> None:
     """As many frames as were asked for get force rows, others none; none at all where no layer is given."""
     layer = evaluating.last_layer_of(potential, None)

@@ -211,6 +211,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_agree_to_the_last_bit() -> None:
     """A restarted evaluator continues the trajectory that the killed one began: same batch, same bits."""
     children = [subprocess.Popen([sys.executable, "-c", _DIGEST], stdout=subprocess.PIPE, text=True) for _ in range(2)]

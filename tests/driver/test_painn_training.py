@@ -84,6 +84,7 @@ def test_looking_keeps_no_graph() -> None:
     torch.testing.assert_close(bare.energies, trained.energies, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_forces_can_be_differentiated_in_every_parameter() -> None:
     """The slope of a sum of squared forces is that of finite differences, for one number of each parameter."""
     tuning = potential().tuning()

@@ -310,6 +310,7 @@ def until(child: subprocess.Popen[str], pattern: str) -> str:
 LONG = ("--epochs", "12", "--batch-atoms", "16", "--patience", "0")
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes_to_the_same_potential(tumbaga: Tumbaga, folder: Path) -> None:
     """Killed with SIGKILL in its second training, the same command with --resume ends with the tensors and figures of one left alone."""
     child = started(folder, *LONG, "--out", "killed.safetensors")
@@ -334,6 +335,7 @@ def test_a_killed_command_resumes_to_the_same_potential(tumbaga: Tumbaga, folder
         assert (one["epochs"], one["best_epoch"]) == (other["epochs"], other["best_epoch"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(tumbaga: Tumbaga, folder: Path) -> None:
     """SIGINT ends the command with code 130, a checkpoint, and the command that goes on, which does."""
     child = started(folder, *LONG, "--out", "new.safetensors", "--no-compare")

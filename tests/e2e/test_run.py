@@ -71,6 +71,7 @@ def test_a_run_does_its_steps_and_leaves_nothing_behind(engine: str, start: Call
     assert {path.name for path in Path("/dev/shm").iterdir() if "ipi" in path.name} <= before
 
 
+@pytest.mark.slow
 def test_status_answers_during_and_after_a_run(start: Callable[..., Program]) -> None:
     """`tumbaga status --json` prints one object with every promised key, while the run goes on and from the directory afterwards."""
     program = start("run", "cuau-water", *LJ, "--steps", "100000")

@@ -43,6 +43,7 @@ def moved(frame: Frame, atom: int, axis: int, by: float) -> Frame:
     return Frame(frame.numbers, positions, frame.cell, frame.periodic)
 
 
+@pytest.mark.slow
 def test_pyscf_forces_are_the_slope_of_its_energies() -> None:
     """Water, three components, within the 15 meV/Å that the integration grid costs; and they add up to nothing."""
     engine = PySCFLabeller()
@@ -76,6 +77,7 @@ def test_no_label_without_convergence() -> None:
         PySCFLabeller(max_cycle=3).label(WATER)
 
 
+@pytest.mark.slow
 def test_later_rungs_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the first attempt fails the next one's result is taken, and the label says so."""
     attempt = PySCFLabeller._attempt

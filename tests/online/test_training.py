@@ -130,6 +130,7 @@ def test_from_scratch_nothing_is_taken_over(tmp_path: Path) -> None:
     assert_same(first, second)
 
 
+@pytest.mark.slow
 def test_virials_are_learnt_where_labels_have_them(tmp_path: Path) -> None:
     """With virials in the loss the error of virials of a cell falls below what energies alone reach."""
     cell = 5.0 * np.eye(3)
@@ -267,6 +268,7 @@ def test_killed_and_resumed_is_undisturbed(tmp_path: Path, moments: tuple[str, .
     assert_same(resumed, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_it_starts_again(tmp_path: Path) -> None:
     """With no checkpoint yet, the log's lines are taken back and the end is the same."""
     undisturbed = trained(tmp_path / "whole", LONG)

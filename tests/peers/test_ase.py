@@ -104,6 +104,7 @@ def moved(atoms: Atoms, calculator: Calculator) -> list[np.ndarray]:
     return [np.array(forces), np.array(others), atoms.positions, atoms.get_momenta()]
 
 
+@pytest.mark.slow
 def test_dynamics_over_unix_and_tcp(calculators: Callable[[str], Made], serve: Callable[..., Any]) -> None:
     """The same trajectory as in the process; a calculator that is closed and made anew does not disturb the other one."""
     (by_unix, unix), (by_tcp, tcp) = calculators("unix"), calculators("tcp")

@@ -163,6 +163,7 @@ def test_cp2k_gives_over_the_socket_what_it_prints_without(
     assert abs(moved.energy - energy) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_virial_of_cp2k_in_a_skewed_cell_is_minus_the_strain_derivative(
     name: str, cp2k: Callable[[str], subprocess.Popen[bytes]]
 ) -> None:

@@ -99,6 +99,7 @@ class Answering:
         return self.driver
 
 
+@pytest.mark.slow
 def test_every_dialect_reaches_our_wire_and_moves_the_atoms_alike(
     ipi: Callable[..., Any],
     in_process: Callable[[int, int], Any],
