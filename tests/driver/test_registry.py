@@ -16,7 +16,7 @@ from tumbaga.driver.errors import PotentialError
 def test_an_unknown_potential_is_a_sentence(name: str) -> None:
     """A name of no known kind is refused by both doors, with the kinds that are known."""
     for ask in (registry.load, registry.weights_file):
-        with pytest.raises(PotentialError, match="known are .*painn, sevennet, toy"):
+        with pytest.raises(PotentialError, match=r"known are .*painn, sevennet, toy"):
             ask(name)
 
 
@@ -81,7 +81,7 @@ def test_another_package_brings_a_potential(tmp_path: Path) -> None:
     assert registry.weights_file("other:anything") is None
     with pytest.raises(PotentialError, match="there is no toy"):
         registry.load("toy:anything")
-    with pytest.raises(PotentialError, match="known are .*broken, .*other, painn, sevennet, toy"):
+    with pytest.raises(PotentialError, match=r"known are .*broken, .*other, painn, sevennet, toy"):
         registry.load("none:anything")
 
 

@@ -151,6 +151,6 @@ def test_a_readout_of_another_network_is_refused(tmp_path: Path) -> None:
     other = {"readout": weights(1), "first": np.linspace(0.0, 2.0, 5, dtype=np.float32)}
 
     slot.load(1, tmp_path / versions.write(tmp_path, 1, same, layer, {}).path, ())
-    with pytest.raises(VersionError, match="was learnt behind other weights than those of .*; begin a new run directory"):
+    with pytest.raises(VersionError, match=r"was learnt behind other weights than those of .*; begin a new run directory"):
         slot.load(2, tmp_path / versions.write(tmp_path, 2, other, layer, {}).path, (1,))
     assert slot.held == (0, 1)
