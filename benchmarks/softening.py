@@ -111,20 +111,21 @@ def label(path: Path) -> None:
 # -- arms ------------------------------------------------------------------------------------------------------------------------------
 
 
-def crossed(potential: Tunable, judged: Sequence[Judged]) -> Arms:
+def crossed(potential: Tunable, judged: Sequence[Judged], fine: bool) -> Arms:
     """All frames under each arm, none under a fit that has seen it."""
     halves = accuracy.indices_in_halves(len(judged), 0)
-    arms: Arms = {name: list(judged) for name in (BEFORE, ONE, HALF, LAYER, FINE)}
+    arms: Arms = {name: list(judged) for name in (BEFORE, ONE, HALF, LAYER, *((FINE,) if fine else ()))}
     for mine, others in (halves, halves[::-1]):
         fitted = [judged[k] for k in mine]
         one, half = scale(fitted[:1]), scale(fitted)
-        readout, fine = learnt(potential, fitted), tuned(potential, fitted)
+        readout, trained = learnt(potential, fitted), tuned(potential, fitted) if fine else None
         for k in others:
             x = judged[k]
             arms[ONE][k], arms[HALF][k] = (replace(x, forces=c * x.forces) for c in (one, half))
             (said,) = potential.predict([x.frame], readout[None])
             arms[LAYER][k] = replace(x, forces=said.forces)
-            arms[FINE][k] = replace(x, forces=fine.predict([x.frame])[0].forces)
+            if trained is not None:
+                arms[FINE][k] = replace(x, forces=trained.predict([x.frame])[0].forces)
     return arms
 
 
@@ -166,27 +167,29 @@ def line(row: Row) -> str:
     return f"{row.arm:12} {row.frames:6d} {row.rmse:6.3f} {row.mae:6.3f}  {through:>26}  {free:>26}  {row.slope.intercept:9.4f}"
 
 
-def plot(path: Path, arms: Arms, rows: Sequence[Row]) -> None:
-    """Predicted against labelled force components of each arm, all held out, with the line through the origin."""
+def plot(path: Path, arms: Arms, rows: Sequence[Row], systems: Sequence[str]) -> None:
+    """Predicted against labelled force components of each arm, all held out; the slope through the origin of all and of each system."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 3.3))
+    figure = Figure(figsize=(2.8 * len(arms), 3.4))
     reach = 1.05 * max(float(np.abs(x.label.forces).max()) for x in arms[BEFORE])
     for axes, (arm, judged), one in zip(figure.subplots(1, len(arms), sharex=True, sharey=True), arms.items(), rows, strict=True):
-        true, said = (np.concatenate(part) for part in zip(*((x.label.forces.ravel(), x.forces.ravel()) for x in judged), strict=True))
         axes.plot([-reach, reach], [-reach, reach], color="0.6", lw=0.8)
-        axes.scatter(true, said, s=4, alpha=0.5, linewidths=0)
+        for name in dict.fromkeys(systems):
+            own = [x for x, of in zip(judged, systems, strict=True) if of == name]
+            true, said = (np.concatenate(part) for part in zip(*((x.label.forces.ravel(), x.forces.ravel()) for x in own), strict=True))
+            axes.scatter(true, said, s=5, alpha=0.6, linewidths=0, label=f"{name}: {accuracy.slope(own).origin.value:.2f}")
         slope = one.slope.origin
-        axes.plot([-reach, reach], [-reach * slope.value, reach * slope.value], color="C1", lw=1)
         axes.set_title(f"{arm}\nslope {slope.value:.2f} ({slope.low:.2f} to {slope.high:.2f})\nRMSE {one.rmse:.2f} eV/Å", fontsize=9)
-        axes.set_xlabel("PBE force, eV/Å")
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+        axes.legend(fontsize=7, loc="upper left")
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="PBE force, eV/Å")
     figure.axes[0].set_ylabel("CHGNet force, held out, eV/Å")
     saved(figure, path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="leave out the fine-tune, which takes most of the time")
     parser.add_argument("--label", action="store_true", help=f"make the labels again, {LABELS.name}, and nothing else")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the parity plots there, a PNG")
@@ -198,7 +201,7 @@ def main() -> int:
     systems = [atoms.info["system"] for atoms in ase.io.read(LABELS, ":")]
     potential = transferring.opened(registry.load(MODEL, "cpu"), MODEL, {})
     judged = evaluating.judge(potential, data)[0]
-    arms = crossed(potential, judged)
+    arms = crossed(potential, judged, not options.quick)
     rows = [row(arm, found) for arm, found in arms.items()]
     apart = {
         name: [row(f"{arm}", [x for x, of in zip(found, systems, strict=True) if of == name]) for arm, found in arms.items()]
@@ -215,7 +218,7 @@ def main() -> int:
     change = changes[LAYER]
     passed = change.value < 0
     if options.plot:
-        plot(options.plot, arms, rows)
+        plot(options.plot, arms, rows, systems)
     if options.json:
         told = {
             "machine": described(),
