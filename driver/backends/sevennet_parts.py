@@ -8,12 +8,9 @@ energy s b + e. Knows files and the package sevenn, which is imported when it is
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -22,12 +19,13 @@ from ase.data import chemical_symbols
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tumbaga.driver.backends.sevennet_files import PACKAGED, Wanted
+from tumbaga.driver.backends.guest import READOUT, REFERENCE, array_of, quiet
+from tumbaga.driver.backends.guest_names import Wanted
+from tumbaga.driver.backends.sevennet_files import PACKAGED
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.records import Array
 
 ARCHITECTURE: Final = "sevennet-1"
-READOUT, REFERENCE = "readout", "reference"  # the tensors outside the network, float64
 _LEVEL: Final = "PBE, PBE+U (MPtrj)"
 _LEVELS: Final = {"7net-0": _LEVEL, "7net-0_22may2024": _LEVEL, "7net-l3i5": _LEVEL}
 _LICENCE: Final = "MIT"  # of the package, which the weights are a part of
@@ -45,9 +43,7 @@ class Parts(NamedTuple):
         readout: shape (n_elements, n_hidden), float64, eV.
         reference: shape (n_elements,), float64, eV.
         config: what sevenn builds the model from.
-        level: of theory, for people.
-        licence: of the weights; empty if unknown.
-        facts: what else a version file says of how it was made, JSON-compatible.
+        facts: what a version file says of it beside, JSON-compatible: "level" of theory, "licence" of the weights, how it was made.
     """
 
     network: Any
@@ -57,9 +53,17 @@ class Parts(NamedTuple):
     readout: Array
     reference: Array
     config: Mapping[str, Any]
-    level: str
-    licence: str
-    facts: Mapping[str, Any] = MappingProxyType({})
+    facts: Mapping[str, Any]
+
+    @property
+    def cutoff(self) -> float:
+        """Up to which length there are pairs, Å."""
+        return float(self.config["cutoff"])
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """What a version file says of its shape: "elements", and what of "model" JSON can say."""
+        return {"elements": self.elements, "model": {key: one for key, one in self.config.items() if _is_json(one)}}
 
 
 def taken_apart(asked: Wanted) -> tuple[Parts, bool]:
@@ -97,8 +101,8 @@ def _of_checkpoint(asked: Wanted) -> Parts:
         raise PotentialError(asked.name, f"it does not know {named}; it knows {', '.join(chemical_symbols[z] for z in known)}")
     elements = asked.elements or known
     readout, reference = _last_layer(model, [model.type_map[z] for z in elements])
-    licence = _LICENCE if asked.model in PACKAGED else ""
-    return _parts(model, elements, readout, reference, config, _LEVELS.get(asked.model, ""), licence)
+    facts = {"level": _LEVELS.get(asked.model, ""), "licence": _LICENCE if asked.model in PACKAGED else ""}
+    return _parts(model, elements, readout, reference, config, facts)
 
 
 def _of_version(asked: Wanted) -> Parts:
@@ -116,15 +120,14 @@ def _of_version(asked: Wanted) -> Parts:
         raise PotentialError(asked.name, f"the file {str(asked.path)!r} is no version of a SevenNet potential ({error})") from error
     if asked.elements not in ((), elements):
         raise PotentialError(asked.name, "the file says itself which elements it learns; leave out ?elements")
-    level, licence = (str(facts.get(key, "")) for key in ("level", "licence"))
-    parts = _parts(_built(asked.name, config), elements, readout, reference, config, level, licence)._replace(facts=facts)
+    parts = _parts(_built(asked.name, config), elements, readout, reference, config, facts)
     _fill(asked.name, parts.network, {key: torch.tensor(tensors[key]) for key in parts.network.state_dict() if key in tensors})
     return parts
 
 
 def untrained(name: str, parts: Parts) -> Any:
     """A network like that of the parts, with new weights; random numbers are torch's."""
-    return _parts(_built(name, parts.config), parts.elements, parts.readout, parts.reference, parts.config, "", "").network
+    return _parts(_built(name, parts.config), parts.elements, parts.readout, parts.reference, parts.config, parts.facts).network
 
 
 def _built(name: str, config: Mapping[str, Any]) -> Any:
@@ -160,13 +163,13 @@ def _last_layer(model: Any, types: Sequence[int]) -> tuple[Array, Array]:
         zero = torch.zeros(1, last.irreps_in.dim, dtype=torch.float64)
         bias = layer(zero)[0, 0]
         slope = layer(zero + torch.eye(last.irreps_in.dim, dtype=torch.float64))[:, 0] - bias
-    scale, shift = (_numpy(one).reshape(-1) for one in (rescale.scale, rescale.shift))
+    scale, shift = (array_of(one).reshape(-1) for one in (rescale.scale, rescale.shift))
     each = np.array(types) if scale.size > 1 else np.zeros(len(types), dtype=np.int64)
-    return scale[each, None] * _numpy(slope), scale[each] * float(bias) + shift[each]
+    return scale[each, None] * array_of(slope), scale[each] * float(bias) + shift[each]
 
 
 def _parts(
-    model: Any, elements: tuple[int, ...], readout: Array, reference: Array, config: Mapping[str, Any], level: str, licence: str
+    model: Any, elements: tuple[int, ...], readout: Array, reference: Array, config: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> Parts:
     """Cut the model off before its last layer; elements are given to it as types, and slopes are taken outside."""
     key, names = model._modules[_LAST].key_input, list(model._modules)
@@ -175,7 +178,7 @@ def _parts(
     model.eval_type_map, model.key_grad = False, None
     model._modules[_ONEHOT].register_forward_hook(_same_dtype)
     types = tuple(model.type_map[z] for z in elements)
-    return Parts(model.eval().requires_grad_(False), key, types, elements, readout, reference, config, level, licence)
+    return Parts(model.eval().requires_grad_(False), key, types, elements, readout, reference, config, facts)
 
 
 def _same_dtype(module: nn.Module, given: Any, data: Any) -> Any:
@@ -192,13 +195,9 @@ def _array_globals() -> list[Any]:
     return [*old, rebuild, np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep warnings back: nobody here can mend what the package, and torch on its behalf, call outdated or slow."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _numpy(tensor: Tensor) -> Array:
-    return np.asarray(tensor.detach().cpu().numpy(), dtype=np.float64)
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
