@@ -25,6 +25,7 @@ from tumbaga.driver.backends.aenet_net import Hyper, Network
 from tumbaga.driver.backends.aenet_parts import ARCHITECTURE, SPINS, Tensors
 from tumbaga.driver.backends.flat import species_table
 from tumbaga.driver.backends.painn_pairs import pairs
+from tumbaga.driver.backends.trial import grouped, joined, tried
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import Trial
 from tumbaga.online.records import Array, Frame
@@ -93,11 +94,7 @@ class AenetTuning:
     def groups(self) -> dict[str, tuple[str, ...]]:
         """See ``Tuning.groups``: "embedding" are the weights of species, "interactions.0" is the first hidden layer of all elements."""
         named = {f"network.{SPINS}": "embedding", "readout": "readout"}
-        found: dict[str, tuple[str, ...]] = {}
-        for name, _ in self.module.named_parameters():
-            part = named.get(name, f"interactions.{name.rpartition('.')[2]}")
-            found[part] = (*found.get(part, ()), name)
-        return dict(sorted(found.items()))
+        return dict(sorted(grouped(self.module, lambda name: named.get(name, f"interactions.{name.rpartition('.')[2]}")).items()))
 
     def prepare(self, frame: Frame) -> Prepared:
         """Find the pairs of a frame of known elements."""
@@ -107,32 +104,12 @@ class AenetTuning:
 
     def evaluate(self, prepared: Sequence[Prepared], *, forces: bool = True, virials: bool = False, create_graph: bool = True) -> Trial:
         """See ``Tuning.evaluate``."""
-        starts = np.cumsum([0, *(len(one.species) for one in prepared)])[:-1].tolist()
-        first = torch.cat([one.first + start for one, start in zip(prepared, starts, strict=True)])
-        second = torch.cat([one.second + start for one, start in zip(prepared, starts, strict=True)])
-        species, vectors = (torch.cat([one[k] for one in prepared]) for k in (0, 3))
-        sloped = forces or virials
-        with torch.set_grad_enabled(sloped or create_graph):
-            atoms = self.module(vectors.requires_grad_(sloped), first, second, species)
-        energies = atoms.new_zeros(len(prepared)).index_add(0, _frames([len(one.species) for one in prepared], atoms), atoms)
-        if not sloped:
-            return Trial(energies)
-        (gradients,) = torch.autograd.grad(atoms.sum(), vectors, create_graph=create_graph)
-        energies = energies if create_graph else energies.detach()
-        pulls = gradients.new_zeros(len(species), 3).index_add(0, first, gradients).index_add(0, second, gradients, alpha=-1)
-        if not virials:
-            return Trial(energies, pulls)
-        each = -vectors.detach()[:, :, None] * gradients[:, None, :]
-        strain = each.new_zeros(len(prepared), 3, 3).index_add(0, _frames([len(one.first) for one in prepared], atoms), each)
-        return Trial(energies, pulls if forces else None, 0.5 * (strain + strain.transpose(1, 2)))
+        species, batch = joined(prepared)
+        return tried(lambda vectors: self.module(vectors, batch.first, batch.second, species), batch, forces, virials, create_graph)
 
     def trained(self, reference: Array, facts: Mapping[str, Any]) -> Aenet:
         """See ``Tuning.trained``."""
         return self._finish({**self.module.tensors(), "reference": np.array(reference, dtype=np.float64)}, facts)
-
-
-def _frames(sizes: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(np.repeat(np.arange(len(sizes)), sizes), device=like.device)
 
 
 def _free_weights(fingerprint: Fingerprint) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tumbaga.driver.backends.flat import species_table
 from tumbaga.driver.backends.painn_net import Hyper, Network
 from tumbaga.driver.backends.painn_pairs import Core, pairs
+from tumbaga.driver.backends.trial import joined, tried
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.ports import Trial
 from tumbaga.online.records import Array, Frame
@@ -128,31 +129,13 @@ class PaiNNTuning:
 
     def evaluate(self, prepared: Sequence[Prepared], *, forces: bool = True, virials: bool = False, create_graph: bool = True) -> Trial:
         """See ``Tuning.evaluate``."""
-        sizes = [len(one.species) for one in prepared]
-        starts = np.cumsum([0, *sizes[:-1]]).tolist()
-        first = torch.cat([one.first + start for one, start in zip(prepared, starts, strict=True)])
-        second = torch.cat([one.second + start for one, start in zip(prepared, starts, strict=True)])
-        species = torch.cat([one.species for one in prepared])
-        vectors = torch.cat([one.vectors for one in prepared])
-        sloped = forces or virials
-        with torch.set_grad_enabled(sloped or create_graph):
-            vectors = vectors.requires_grad_(sloped)
-            atoms = self.module(vectors, first, second, species)
-        frame_of = self._repeated(sizes)
-        energies = atoms.new_zeros(len(sizes)).index_add(0, frame_of, atoms)
-        energies = energies + self._floats([one.core_energy for one in prepared])
-        if not sloped:
-            return Trial(energies)
-        (gradients,) = torch.autograd.grad(atoms.sum(), vectors, create_graph=create_graph)
-        energies = energies if create_graph else energies.detach()
-        pulls = gradients.new_zeros((len(species), 3)).index_add(0, first, gradients).index_add(0, second, gradients, alpha=-1)
-        pulls = pulls + torch.cat([one.core_forces for one in prepared])
-        if not virials:
-            return Trial(energies, pulls)
-        each = -vectors[:, :, None] * gradients[:, None, :]
-        strain = gradients.new_zeros((len(sizes), 3, 3)).index_add(0, self._repeated([len(one.first) for one in prepared]), each)
-        core = torch.stack([one.core_virial for one in prepared])
-        return Trial(energies, pulls if forces else None, 0.5 * (strain + strain.transpose(1, 2)) + core)
+        species, batch = joined(prepared)
+        said = tried(lambda vectors: self.module(vectors, batch.first, batch.second, species), batch, forces, virials, create_graph)
+        return Trial(
+            said.energies + self._floats([one.core_energy for one in prepared]),
+            None if said.forces is None else said.forces + torch.cat([one.core_forces for one in prepared]),
+            None if said.virials is None else said.virials + torch.stack([one.core_virial for one in prepared]),
+        )
 
     def trained(self, reference: Array, facts: Mapping[str, Any]) -> PaiNN:
         """See ``Tuning.trained``."""
@@ -160,9 +143,6 @@ class PaiNNTuning:
 
     def _floats(self, value: Any) -> Tensor:
         return torch.tensor(np.asarray(value), dtype=self._like.dtype, device=self._like.device)
-
-    def _repeated(self, sizes: Sequence[int]) -> Tensor:
-        return torch.tensor(np.repeat(np.arange(len(sizes)), sizes), device=self._like.device)
 
 
 def fresh(hyper: Hyper, seed: int) -> dict[str, np.ndarray]:

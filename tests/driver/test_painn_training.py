@@ -74,12 +74,13 @@ def test_looking_keeps_no_graph() -> None:
     """Without create_graph nothing is differentiable, and the numbers are the same; energies alone need no slopes."""
     tuning = potential().tuning()
     prepared = [tuning.prepare(given) for given in FRAMES]
-    looked, trained = tuning.evaluate(prepared, create_graph=False), tuning.evaluate(prepared)
+    looked, trained = (tuning.evaluate(prepared, virials=True, create_graph=graph) for graph in (False, True))
     bare = tuning.evaluate(prepared, forces=False)
 
-    assert not any(one.requires_grad for one in (looked.energies, looked.forces))
-    assert all(one.requires_grad for one in (trained.energies, trained.forces, bare.energies))
+    assert not any(one.requires_grad for one in (looked.energies, looked.forces, looked.virials))
+    assert all(one.requires_grad for one in (trained.energies, trained.forces, trained.virials, bare.energies))
     assert bare.forces is None
+    torch.testing.assert_close(looked.virials, trained.virials.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(looked.forces, trained.forces.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(bare.energies, trained.energies, rtol=0, atol=1e-12)
 
