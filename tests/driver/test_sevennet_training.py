@@ -59,6 +59,14 @@ def test_training_sees_what_is_served(one: Any) -> None:
     np.testing.assert_allclose(said.forces.detach().numpy(), np.concatenate([p.forces for p in served]), atol=SINGLE)
 
 
+def test_looking_keeps_no_graph(one: Any) -> None:
+    """Without create_graph nothing is differentiable, virials as little as forces; with it all are."""
+    tuning = one.tuning()
+    for graph in (False, True):
+        said = tuning.evaluate([tuning.prepare(FRAMES[2])], virials=True, create_graph=graph)
+        assert [what.requires_grad for what in (said.energies, said.forces, said.virials)] == [graph] * 3
+
+
 def test_every_parameter_is_in_one_group(one: Any) -> None:
     """Groups cover all parameters once; what is a constant of the model asks for no gradient."""
     tuning = one.tuning()
