@@ -63,7 +63,8 @@ class Versions:
         sound = self.readout(number)
         weights = sound if readout is None else readout
         layer = LastLayer(weights, SPREAD * np.eye(weights.size), {"parent": 0})
-        return versions.write(self._run_dir, number, self._potential.state(sound), layer, {**self._potential.metadata, **metadata})
+        state = self._potential.state(weights if weights.shape == sound.shape else sound)
+        return versions.write(self._run_dir, number, state, layer, {**self._potential.metadata, **metadata})
 
     def spoilt(self, number: int, fault: str) -> VersionFile:
         """A file that must not serve."""
