@@ -12,9 +12,9 @@ import io
 import json
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tumbaga.driver.backends.flat import DTYPES
+from tumbaga.driver.backends.guest import READOUT, REFERENCE, quiet
 from tumbaga.driver.backends.mace_files import Wanted
 from tumbaga.driver.backends.mace_net import Network, Readout, UnfitError, cut
 from tumbaga.driver.errors import PotentialError
 from tumbaga.online.records import Array
 
 ARCHITECTURE: Final = "mace-1"
-READOUT, REFERENCE = "readout", "reference"  # the tensors outside the network, float64
 _UNSAFE: Final = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _AGREE: Final = 1e-6  # of the energy: float64 sums in another order differ by far less, another architecture by far more
 _IRREPS: Final = ("hidden_irreps", "MLP_irreps", "edge_irreps")
@@ -50,8 +50,7 @@ class Parts(NamedTuple):
         scale: of the network's pair repulsion.
         config: what mace builds the model from, JSON-compatible.
         head: that speaks; empty where there is one only.
-        level: of theory, for people; empty if unknown.
-        licence: of the weights; empty if unknown.
+        facts: what a version file says of it beside, JSON-compatible: "level" of theory and "licence" of the weights, empty if unknown.
     """
 
     network: Network
@@ -62,8 +61,17 @@ class Parts(NamedTuple):
     scale: float
     config: Mapping[str, Any]
     head: str
-    level: str = ""
-    licence: str = ""
+    facts: Mapping[str, Any] = MappingProxyType({"level": "", "licence": ""})
+
+    @property
+    def cutoff(self) -> float:
+        """Up to which length there are pairs, Å."""
+        return float(self.config["r_max"])
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """What a version file says of its shape: "elements", "head" and "model"."""
+        return {"elements": self.elements, "head": self.head, "model": self.config}
 
 
 def taken_apart(asked: Wanted) -> tuple[Parts, bool]:
@@ -117,7 +125,7 @@ def _of_version(asked: Wanted) -> Parts:
     own = network.state_dict()
     _fill(asked.name, network, {key: torch.tensor(tensors[key]).reshape(own[key].shape) for key in own if key in tensors}, set(own))
     parts = _parts(network, elements, readout, reference, last.scale, config, head)
-    return parts._replace(level=str(facts.get("level", "")), licence=str(facts.get("licence", "")))
+    return parts._replace(facts={key: str(facts.get(key, "")) for key in ("level", "licence")})
 
 
 def _parts(
@@ -285,11 +293,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep warnings back: nobody here can mend what the package, and torch on its behalf, call outdated or slow."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
