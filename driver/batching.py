@@ -10,6 +10,7 @@ has, and no session is starved.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -20,6 +21,7 @@ _SLOWER, _FASTER = 0.7, 1.25
 _PATIENT = 500  # full batches that must have gone well before the limit of memory is tried a little further
 _FURTHER = 1.1
 _SHARE = 0.1  # of the time of a batch that the next one may wait
+_FORGET = 1.001  # a batch: by so much the shortest one is forgotten, since engines of small systems leave
 _LATE = 2.0  # a session that takes so many times as long as usual is not waited for any more
 _LEARN = 0.2  # weight of what was seen last
 _SLOWEST = 0.6  # of the mean rate, where evaluators share frames of different sizes
@@ -58,16 +60,22 @@ class Returns:
     """Who will be back in a moment: sessions that were answered together come back one by one, and go together again if the first waits.
 
     Without that the first one back goes alone, all others wait for it, and every second batch is one frame. A frame waits only for sessions
-    that are expected within `_SHARE` of what the last batch took, by the time they took so far from an answer to the next frame.
+    that are expected within `_SHARE` of what the last batch took, or within what the shortest batch takes, since that is what a batch less
+    saves; they are expected by the time they took so far from an answer to the next frame.
     """
 
     def __init__(self) -> None:
         self._thinks: dict[str, float] = {}  # seconds from an answer to the next frame, an average
         self._away: dict[str, float] = {}  # session → when it was answered
+        self._least = math.inf  # s that the shortest batch takes
 
     def answered(self, session: str, now: float) -> None:
         """A session was answered, or is about to be."""
         self._away[session] = now
+
+    def took(self, seconds: float) -> None:
+        """A batch has been evaluated."""
+        self._least = min(_FORGET * self._least, seconds)
 
     def came(self, session: str, now: float) -> None:
         """A session has sent a frame."""
@@ -90,11 +98,12 @@ class Returns:
             finished: when the last batch of the evaluator that is free was done.
             seconds: what that batch took.
         """
-        limit = finished + _SHARE * seconds
+        limit = finished + max(_SHARE * seconds, self._least if self._least < math.inf else 0.0)
         if now >= limit:
             return 0.0
-        due = [answered + _LATE * self._thinks[name] for name, answered in self._away.items() if name in self._thinks]
-        return max([moment - now for moment in due if now < moment <= limit], default=0.0)
+        away = [(answered, self._thinks[name]) for name, answered in self._away.items() if name in self._thinks]
+        due = [answered + _LATE * think for answered, think in away if answered + think <= limit]
+        return max([min(moment, limit) - now for moment in due if now < moment], default=0.0)
 
 
 def split(atoms: Sequence[int], evaluators: int) -> int:

@@ -204,7 +204,8 @@ class Pool:
             return None
         free = [(name, evaluator) for name, evaluator in self._evaluators.items() if not evaluator.jobs]
         for index, (name, evaluator) in enumerate(free):
-            if hold := self._returns.hold(self._clock(), evaluator.finished, evaluator.took):
+            # where another one is free, whoever comes in a moment finds that
+            if len(free) == 1 and (hold := self._returns.hold(self._clock(), evaluator.finished, evaluator.took)):
                 return hold
             jobs = self._next_batch(len(free) - index)
             if not jobs:
@@ -277,6 +278,7 @@ class Pool:
             return [Outcome(job, None, error=message.error) for job in jobs]
         self.answered[name] = evaluator.pid
         self.cap.took(len(jobs), total, message.seconds)
+        self._returns.took(message.seconds)
         for job in jobs:
             self._returns.answered(job.session, evaluator.finished)
         forces = bus.array(buffers[0], np.float64, (total, 3))

@@ -138,10 +138,30 @@ def test_a_frame_waits_no_longer_than_a_tenth_of_a_batch_and_never_for_the_slow(
         returns.answered(name, 100.0)
 
     assert returns.hold(100.0, 100.0, seconds=0.1) == pytest.approx(0.004)  # twice what the quick one takes
-    assert returns.hold(100.0, 100.0, seconds=0.03) == 0.0  # it would be later than a tenth
+    assert returns.hold(100.0, 100.0, seconds=0.03) == pytest.approx(0.003)  # a tenth, at most
+    assert returns.hold(100.0, 100.0, seconds=0.015) == 0.0  # it would be later than that
     assert returns.hold(100.005, 100.0, seconds=0.1) == 0.0  # it is late
     returns.forget("quick")
     assert returns.hold(100.0, 100.0, seconds=0.1) == 0.0
+
+
+def test_a_frame_waits_as_long_as_another_batch_would_take() -> None:
+    """What the shortest batch takes is saved by going together; it is forgotten once there are no such batches any more."""
+    returns = Returns()
+    for name, think in (("a", 0.0015), ("b", 0.0015)):
+        returns.answered(name, 0.0)
+        returns.came(name, think)
+        returns.answered(name, 100.0)
+    returns.came("a", 100.001)
+    assert returns.hold(100.001, 100.0, seconds=0.003) == 0.0
+
+    returns.took(0.01)
+    returns.took(0.002)
+    assert returns.hold(100.001, 100.0, seconds=0.003) == pytest.approx(0.001)  # until 100.002, while b may take until 100.003
+
+    for _ in range(2000):
+        returns.took(0.01)
+    assert returns.hold(100.001, 100.0, seconds=0.003) == pytest.approx(0.002)
 
 
 def test_nobody_waits_for_a_session_that_was_never_seen_to_come_back() -> None:
