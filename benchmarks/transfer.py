@@ -295,15 +295,16 @@ def write(picture: Path | None, figures: Path | None, found: Sequence[Row], plai
         write_whole(figures, (json.dumps(evaluating.finite(plain), indent=1) + "\n").encode())
 
 
-def measure(length: Length, processes: int, after_seed: Callable[[Sequence[Measured]], None]) -> list[Measured]:
-    """Labels, then all potentials, a seed after the other; a line each."""
+def measure(length: Length, processes: int, known: Sequence[Measured], after_seed: Callable[[Sequence[Measured]], None]) -> list[Measured]:
+    """Labels, then all potentials that are not known, a seed after the other; a line each."""
     began, data = time.monotonic(), labelled(length)
     kinds = ((data.pool, "to learn"), (data.test, "to test"), (data.large, f"of {LARGE}"))
     print(
         f"labels by {TEACHER}: {', '.join(f'{len(frames)} {name}' for frames, name in kinds)}; {time.monotonic() - began:.0f} s", flush=True
     )
-    measured = [judged(registry.load(MODEL, "cpu"), UNTUNED, 0, 0, data, length, time.monotonic())]
-    jobs = [(seed, count) for seed in range(length.seeds) for count in length.counts]
+    measured = list(known) or [judged(registry.load(MODEL, "cpu"), UNTUNED, 0, 0, data, length, time.monotonic())]
+    over = {(one.seed, one.labels) for one in known if one.arm == TRANSFER}
+    jobs = [(seed, count) for seed in range(length.seeds) for count in length.counts if (seed, count) not in over]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for done, both in enumerate(pool.imap(functools.partial(pair, data, length), jobs), 1):
             measured += both
@@ -327,17 +328,25 @@ def main() -> int:
         type=Path,
         help="measure nothing: table, plot and intervals once more from the figures of an earlier --json",
     )
+    parser.add_argument(
+        "--go-on", metavar="FILE", type=Path, help="measure only what an earlier --json, of a run that was cut short, lacks"
+    )
     options = parser.parse_args()
     length, began = QUICK if options.quick else FULL, time.monotonic()
-    if options.again:
-        kept = json.loads(options.again.read_text())
+    measured: list[Measured] = []
+    if earlier := options.again or options.go_on:
+        kept = json.loads(earlier.read_text())
         length, measured = Length(**kept["length"]), [Measured(**one) for one in kept["potentials"]]
+        began -= kept["seconds"]
+    if options.again:
         plain = {**told(measured, length, kept["seconds"]), "machine": kept["machine"], "command": kept["command"]}
         write(options.plot, options.json, rows(measured), plain, length)
     else:
-        measured = measure(
-            length, options.processes, lambda some: write(options.plot, options.json, some, length, time.monotonic() - began)
-        )
+
+        def after_seed(some: Sequence[Measured]) -> None:
+            write(options.plot, options.json, rows(some), told(some, length, time.monotonic() - began), length)
+
+        measured = measure(length, options.processes, measured, after_seed)
     found = rows(measured)
     print("\n".join([head(length), *map(line, found)]))
     if faults := missed(found):
