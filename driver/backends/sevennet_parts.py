@@ -29,6 +29,10 @@ ARCHITECTURE: Final = "sevennet-1"
 _LEVEL: Final = "PBE, PBE+U (MPtrj)"
 _LEVELS: Final = {"7net-0": _LEVEL, "7net-0_22may2024": _LEVEL, "7net-l3i5": _LEVEL}
 _LICENCE: Final = "MIT"  # of the package, which the weights are a part of
+CONSTANTS: Final = (
+    "denominator",
+    "basis_function.coeffs",
+)  # endings of names: constants of the model, although torch calls them parameters
 _LAST, _RESCALE, _ONEHOT = "reduce_hidden_to_energy", "rescale_atomic_energy", "onehot_idx_to_onehot"
 
 
@@ -126,8 +130,12 @@ def _of_version(asked: Wanted) -> Parts:
 
 
 def untrained(name: str, parts: Parts) -> Any:
-    """A network like that of the parts, with new weights; random numbers are torch's."""
-    return _parts(_built(name, parts.config), parts.elements, parts.readout, parts.reference, parts.config, parts.facts).network
+    """A network like that of the parts, with new weights and the same constants; random numbers are torch's."""
+    network = _parts(_built(name, parts.config), parts.elements, parts.readout, parts.reference, parts.config, parts.facts).network
+    # a checkpoint's settings do not tell the mean number of neighbours, by which sums are divided
+    kept = {key: value for key, value in parts.network.state_dict().items() if key.endswith(CONSTANTS)}
+    network.load_state_dict({**network.state_dict(), **kept})
+    return network
 
 
 def _built(name: str, config: Mapping[str, Any]) -> Any:

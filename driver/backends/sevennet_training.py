@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tumbaga.driver.backends.guest import quiet
 from tumbaga.driver.backends.guest_training import GuestTuning
-from tumbaga.driver.backends.sevennet_parts import Parts
+from tumbaga.driver.backends.sevennet_parts import CONSTANTS, Parts
 from tumbaga.driver.backends.trial import joined, tried
 from tumbaga.online.ports import Trial
 from tumbaga.online.records import Frame
 
 if TYPE_CHECKING:
     from tumbaga.driver.backends.sevennet import SevenNet
-
-# constants of the model rather than weights, although torch calls them parameters
-_CONSTANTS: Final = ("denominator", "basis_function.coeffs")
 
 
 class Prepared(NamedTuple):
@@ -45,7 +42,7 @@ class Module(nn.Module):
         super().__init__()
         self.network, self._key = copy.deepcopy(network), key
         for name, value in self.network.named_parameters():
-            value.requires_grad_(not name.endswith(_CONSTANTS))
+            value.requires_grad_(not name.endswith(CONSTANTS))
         self.readout = nn.Parameter(readout)
 
     def forward(self, vectors: Tensor, first: Tensor, second: Tensor, species: Tensor, types: Tensor) -> Tensor:

@@ -123,3 +123,14 @@ def test_from_scratch_it_has_new_weights(one: Any) -> None:
     assert {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in first.items()}
     assert torch.equal(first[name], again[name])
     assert not torch.allclose(first[name], own[name])
+
+
+def test_from_scratch_its_numbers_are_finite(one: Any) -> None:
+    """New weights give energies and forces to train from: what is no weight is the model's, such as the mean number of neighbours."""
+    tuning = one.tuning(3)
+    trial = tuning.evaluate([tuning.prepare(frame) for frame in FRAMES], create_graph=False)
+
+    assert trial.forces is not None
+    assert torch.isfinite(trial.energies).all()
+    assert torch.isfinite(trial.forces).all()
+    assert float(trial.forces.abs().max()) > 0.0
