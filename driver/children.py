@@ -40,6 +40,11 @@ class Child:
         """Its process id while it runs."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
+    @property
+    def given_up(self) -> bool:
+        """Whether it is not started again any more."""
+        return bool(self._given_up)
+
     def start(self) -> None:
         """Start it. Standard input is its lifeline; standard error goes to the log folder."""
         log = self._run_dir / process.LOGS

@@ -82,6 +82,7 @@ class _Evaluator:
     since: float = 0.0
     finished: float = 0.0  # when its last batch was done
     took: float = 0.0  # what that took, s
+    gone: bool = False  # its process has died, and is being started again
 
 
 def joined(arrays: list[Any]) -> Any:
@@ -135,7 +136,8 @@ class Pool:
 
     def holds(self, version: int) -> bool:
         """Whether all evaluators that are there hold a version."""
-        return bool(self._evaluators) and all(version in evaluator.held for evaluator in self._evaluators.values())
+        there = [evaluator for evaluator in self._evaluators.values() if not evaluator.gone]
+        return bool(there) and all(version in evaluator.held for evaluator in there)
 
     @property
     def ready_to_serve(self) -> bool:
@@ -153,6 +155,7 @@ class Pool:
         known = self._evaluators.get(name)
         lost: list[Job] = []
         if known is not None and known.pid == message.pid:
+            known.gone = False
             # the same process: it speaks in order, so an answer to what it has seen has already been here
             if known.jobs and message.seen >= known.batch:
                 lost, known.jobs = known.jobs, []
@@ -164,6 +167,19 @@ class Pool:
             for version in self._paths:
                 self._load(name, fresh, version)
         return self._again(lost)
+
+    def lost(self, name: str) -> list[Outcome]:
+        """An evaluator has hung up: its frames need not wait until there is another one of that name.
+
+        Returns:
+            Outcomes with an error for frames that took down too many evaluators.
+        """
+        evaluator = self._evaluators.get(name)
+        if evaluator is None:
+            return []
+        evaluator.gone = True
+        jobs, evaluator.jobs = evaluator.jobs, []
+        return self._again(jobs)
 
     def _again(self, lost: list[Job]) -> list[Outcome]:
         for job in lost:
@@ -202,7 +218,7 @@ class Pool:
         """
         if not self._waiting:
             return None
-        free = [(name, evaluator) for name, evaluator in self._evaluators.items() if not evaluator.jobs]
+        free = [(name, evaluator) for name, evaluator in self._evaluators.items() if not (evaluator.jobs or evaluator.gone)]
         for index, (name, evaluator) in enumerate(free):
             # where another one is free, whoever comes in a moment finds that
             if len(free) == 1 and (hold := self._returns.hold(self._clock(), evaluator.finished, evaluator.took)):

@@ -111,17 +111,22 @@ class Supervisor:
             self._tick()
 
     def _faults(self) -> bool:
-        """Look after all children; True if the run cannot go on. Without a learner or a label worker it can: then it serves and says so."""
+        """Look after all children; True if the run cannot go on. It can without a learner, a label worker or one of several evaluators."""
         for child in self._children:
             fault = self._watch(child)
             if not fault or fault in self._errors:
                 continue
-            if self._state == "starting" or child.name == "gateway" or child.name.startswith("evaluator"):
+            if self._state == "starting" or self._serves_no_more(child):
                 self._fail(fault)
                 return True
             self._errors.append(fault)
             self._log("supervisor", "error", "given up", child=child.name, fault=fault)
         return False
+
+    def _serves_no_more(self, lost: Child) -> bool:
+        """Whether without this child no engine gets an answer."""
+        evaluators = [child for child in self._children if child.name.startswith("evaluator")]
+        return lost.name == "gateway" or (lost in evaluators and all(child.given_up for child in evaluators))
 
     def _watch(self, child: Child) -> str:
         died = child.died_with()

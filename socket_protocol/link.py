@@ -139,6 +139,7 @@ class Hub:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._peers: dict[str, _Peer] = {}
+        self._left: set[str] = set()  # names that nobody has any more, and that were not told yet
 
     def fileno(self) -> int:
         """What to wait for, to be readable."""
@@ -180,6 +181,7 @@ class Hub:
             self._drop(old)
         peer.name = name
         self._peers[name] = peer
+        self._left.discard(name)
 
     def _keep(self, peer: _Peer, good: bool) -> bool:
         if peer.socket.fileno() < 0:
@@ -196,8 +198,14 @@ class Hub:
     def _drop(self, peer: _Peer) -> None:
         if self._peers.get(peer.name) is peer:
             del self._peers[peer.name]
+            self._left.add(peer.name)
         self._selector.unregister(peer.socket)
         peer.socket.close()
+
+    def left(self) -> set[str]:
+        """Return the names of evaluators that have hung up since the last call, and have no successor yet."""
+        told, self._left = self._left, set()
+        return told
 
     def send(self, message: bus.AnyMessage, buffers: Sequence[npt.NDArray[Any]] = (), to: str = "") -> bool:
         """Send without waiting; return whether there is somebody of that name to take it."""

@@ -436,3 +436,44 @@ def test_small_frames_do_not_wait_for_large_ones(pool: Pool, line: Line) -> None
 
     took = {to: set(message.counts) for to, message in line.take() if isinstance(message, bus.Evaluate)}
     assert took == {"e": {13, 20}, "f": {38, 55}}
+
+
+def test_what_a_dead_evaluator_had_goes_to_another_at_once(pool: Pool, line: Line) -> None:
+    """Nobody waits until it is started again; alone, since the frame may be the cause. Its successor gets new work."""
+    pool.ready("e", ready(1))
+    pool.ready("f", ready(2, name="f"))
+    pool.add(job("a"))
+    pool.dispatch()
+    line.take()
+
+    assert pool.lost("e") == []
+    pool.add(job("b"))
+    pool.dispatch()
+    assert [(to, message.counts) for to, message in line.take() if isinstance(message, bus.Evaluate)] == [("f", [2])]
+    pool.dispatch()
+    assert line.take() == []  # a dead one is not asked
+    assert not pool.busy_since().keys() - {2}
+
+    assert pool.ready("e", ready(3)) == []
+    pool.dispatch()
+    assert [to for to, message in line.take() if isinstance(message, bus.Evaluate)] == ["e"]
+    assert pool.restarts == 1
+    assert pool.lost("nobody") == []
+
+
+def test_a_frame_that_kills_one_evaluator_after_the_other_is_given_back(pool: Pool, line: Line) -> None:
+    """Three deaths with the same frame, of whichever evaluators, and the session is told."""
+    pids = {"e": 1, "f": 2}
+    for name, pid in pids.items():
+        pool.ready(name, ready(pid, name=name))
+    pool.add(job("a"))
+    told: list[Outcome] = []
+    for death in range(3):
+        pool.dispatch()
+        ((to, _),) = [sent for sent in line.take() if isinstance(sent[1], bus.Evaluate)]
+        told = pool.lost(to)
+        assert bool(told) == (death == 2)
+        pids[to] += 10
+        pool.ready(to, ready(pids[to], name=to))
+
+    assert told[0].error == "the evaluator died 3 times on this frame"

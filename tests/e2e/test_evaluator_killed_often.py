@@ -163,7 +163,7 @@ def test_four_trajectories_are_those_they_would_have_been(
 
     def begin(run: str, listeners: list[Listener]) -> Program:
         told = [word for where, file in zip(listeners, files, strict=True) for word in ("--connect", f"{where.address}={file}")]
-        return start("serve", "-m", LJ, "--no-learn", "--quiet", *told, run=run)
+        return start("serve", "-m", LJ, "--no-learn", "--quiet", "--device", "cpu", *told, run=run)
 
     with listening(socket_name) as listeners:
         stormy = moved(partial(begin, "stormy"), listeners, killing(KILLS))
