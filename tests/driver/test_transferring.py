@@ -135,6 +135,7 @@ def test_a_transfer_ends_with_a_potential_a_table_and_plots(tumbaga: Tumbaga, fo
     assert "the force error is" in out
 
 
+@pytest.mark.slow
 def test_the_file_says_what_was_done(tumbaga: Tumbaga) -> None:
     """Facts in the file name start, labels, epochs and settings, and the scale of the new features, computed from the training frames."""
     transfer(tumbaga, "--no-compare", "--valid", "0", "--seed", "3")
@@ -159,6 +160,7 @@ def test_no_compare_trains_once(tumbaga: Tumbaga, folder: Path) -> None:
     assert [arm["name"] for arm in json.loads((folder / "new-training" / "result.json").read_text())["arms"]] == ["tuned"]
 
 
+@pytest.mark.slow
 def test_from_scratch_starts_from_nothing(tumbaga: Tumbaga) -> None:
     """--from-scratch gives other weights than the transfer, compared with the untuned potential alone."""
     out = transfer(tumbaga, "--from-scratch")
@@ -170,6 +172,7 @@ def test_from_scratch_starts_from_nothing(tumbaga: Tumbaga) -> None:
     assert not re.search(r"^ *tuned ", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_frozen_groups_are_in_the_file_as_they_were(tumbaga: Tumbaga) -> None:
     """What --freeze names comes out to the bit, what it does not name has changed."""
     transfer(tumbaga, "--freeze", "embedding,interactions.0", "--freeze", "reference", "--no-compare")
@@ -191,6 +194,7 @@ def test_diverse_frames_are_those_that_differ(tumbaga: Tumbaga, folder: Path) ->
     assert log["test"] == 20
 
 
+@pytest.mark.slow
 def test_a_new_element_is_learnt_from_a_similar_one(tumbaga: Tumbaga, folder: Path) -> None:
     """--map S=O adds sulfur to a potential of H and O; it serves frames of all three and fits the labels' reference energies."""
     save(folder / "sulfur.extxyz", labels(frames(20, 5), TEACHER), {8: 16})
@@ -203,6 +207,7 @@ def test_a_new_element_is_learnt_from_a_similar_one(tumbaga: Tumbaga, folder: Pa
     assert new.predict([Frame(np.array([16, 1, 8]), frames(1, 5)[0].positions[:3])])[0].finite
 
 
+@pytest.mark.slow
 def test_replay_takes_data_and_generated_frames(tumbaga: Tumbaga, folder: Path) -> None:
     """Replay of a file with the start's own labels and of generated frames is counted, and its error is told for each arm."""
     save(folder / "old.extxyz", labels(frames(6, 7), TEACHER))
@@ -215,6 +220,7 @@ def test_replay_takes_data_and_generated_frames(tumbaga: Tumbaga, folder: Path) 
     assert [arm["replay_forces"]["rmse"] < 1e-5 for arm in told["arms"]] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_named_test_frames_judge(tumbaga: Tumbaga, folder: Path) -> None:
     """--test names the frames of the table."""
     save(folder / "test.extxyz", labels(frames(7, 9), TEACHER))
@@ -222,6 +228,7 @@ def test_named_test_frames_judge(tumbaga: Tumbaga, folder: Path) -> None:
     assert "errors on 7 frames of --test" in transfer(tumbaga, "--test", "test.extxyz", "--no-compare")
 
 
+@pytest.mark.slow
 def test_what_judges_is_told_where_nothing_better_is_there(tumbaga: Tumbaga) -> None:
     """Without a selection or --test the table says that its frames chose the epoch, or were learnt."""
     assert "validation frames, which chose the best epoch" in transfer(tumbaga, "--no-compare")

@@ -63,6 +63,7 @@ def test_a_run_survives_single_bad_answers(start: Callable[..., Program], table:
     assert nothing_infinite(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 50])
 def test_an_engine_sees_a_closed_connection_and_never_a_nan(
     every: int, start: Callable[..., Program], socket_name: Callable[[], str]

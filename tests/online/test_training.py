@@ -192,6 +192,7 @@ def test_a_plateau_halves_the_rate(tmp_path: Path) -> None:
     assert all(after in (before, 0.5 * before) for before, after in itertools.pairwise(rates))
 
 
+@pytest.mark.slow
 def test_replay_keeps_old_errors_low(tmp_path: Path) -> None:
     """After learning wide frames of another level, frames of the old kind are forgotten less with replay of own labels than without."""
     old = pseudo_labelled(START, frames(16, 5, gap=1.2))

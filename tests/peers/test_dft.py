@@ -141,6 +141,7 @@ def said_by(log: Path) -> tuple[float, Float64s]:
     return float(energy), np.array(forces, np.float64)
 
 
+@pytest.mark.slow
 def test_cp2k_gives_over_the_socket_what_it_prints_without(
     name: str, cp2k: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
@@ -229,6 +230,7 @@ def pw(tmp_path: Path, run: Callable[..., subprocess.Popen[bytes]]) -> Callable[
     return lambda *flags: run("pw.x", "-in", "pw.in", *flags)
 
 
+@pytest.mark.slow
 def test_quantum_espresso_asks_for_init_and_gives_what_it_prints_without_the_socket(
     name: str, pw: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
