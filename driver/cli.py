@@ -1,4 +1,4 @@
-"""The command line: run, serve, status, stop, doctor, evaluate. Every mistake of a user is one sentence and an exit code."""
+"""The command line: run, serve, status, stop, doctor, evaluate, transfer. Every mistake of a user is one sentence and an exit code."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ def _interrupts() -> Iterator[list[int]]:
 def _finish(result: Result, out: Path, folder: Path, title: str, alone: bool) -> None:
     from rich.console import Console
 
-    from tumbaga.driver import transferring_plots, transferring_text
+    from tumbaga.driver import plots, transferring_plots, transferring_text
     from tumbaga.driver.transferring import RESULT
     from tumbaga.online.training import finish
 
@@ -313,7 +313,7 @@ def _finish(result: Result, out: Path, folder: Path, title: str, alone: bool) ->
         typer.echo("untuned: with reference energies fitted to the labels; from scratch: the same network and labels, nothing taken over")
     if told := transferring_text.verdict(result.arms):
         typer.echo(told)
-    if transferring_plots.available():
+    if plots.available():
         for path in transferring_plots.write(folder, result.arms):
             typer.echo(f"plot {path}")
     elif not alone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase.data import chemical_symbols
 
+from tumbaga.driver import plots
 from tumbaga.driver.errors import ConfigError
 from tumbaga.online import accuracy
 from tumbaga.online.accuracy import Judged, Offsets
 from tumbaga.online.records import Array
-from tumbaga.online.versions import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,10 +28,8 @@ def need_matplotlib() -> None:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--plots", f"needs matplotlib ({error}): pip install 'tumbaga[plots]'") from error
+    if not plots.available():
+        raise ConfigError("--plots", "needs matplotlib, which is not installed: pip install 'tumbaga[plots]'")
 
 
 def write(folder: Path, judged: Sequence[Judged], added: Offsets) -> list[Path]:
@@ -49,14 +46,7 @@ def write(folder: Path, judged: Sequence[Judged], added: Offsets) -> list[Path]:
     figures = {"energies.png": _energies(judged, added), "forces.png": _forces(judged)}
     if any(one.stds is not None for one in judged):
         figures["uncertainty.png"] = _coverage(judged)
-    for name, figure in figures.items():
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=150, bbox_inches="tight")
-        try:
-            write_whole(folder / name, data.getvalue())
-        except OSError as error:
-            raise ConfigError("--plots", f"{folder / name} cannot be written ({error.strerror})") from error
-    return [folder / name for name in figures]
+    return plots.write(folder, figures, "--plots")
 
 
 def _energies(judged: Sequence[Judged], added: Offsets) -> Figure:

@@ -107,8 +107,9 @@ class Gateway:
                 if key.data == _EVALUATORS:
                     for received in self._evaluators.receive():
                         self._evaluator_message(*received)
-                    for outcome in (one for name in self._evaluators.left() for one in self._pool.lost(name)):
-                        self._requests.outcome(outcome)
+                    for name in self._evaluators.left():
+                        for outcome in self._pool.lost(name):
+                            self._requests.outcome(outcome)
                 elif not key.data:
                     self._learner.stirred = True
                 elif key.data not in self._restless:

@@ -114,13 +114,14 @@ class Supervisor:
         """Look after all children; True if the run cannot go on. It can without a learner, a label worker or one of several evaluators."""
         for child in self._children:
             fault = self._watch(child)
-            if not fault or fault in self._errors:
+            if not fault:
                 continue
             if self._state == "starting" or self._serves_no_more(child):
                 self._fail(fault)
                 return True
-            self._errors.append(fault)
-            self._log("supervisor", "error", "given up", child=child.name, fault=fault)
+            if fault not in self._errors:
+                self._errors.append(fault)
+                self._log("supervisor", "error", "given up", child=child.name, fault=fault)
         return False
 
     def _serves_no_more(self, lost: Child) -> bool:

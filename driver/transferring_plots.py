@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tumbaga.driver.errors import ConfigError
+from tumbaga.driver import plots
 from tumbaga.driver.transferring import SCRATCH, TUNED, UNTUNED, Arm
-from tumbaga.online.versions import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {TUNED: "C0", SCRATCH: "C1", UNTUNED: "0.5"}
-
-
-def available() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def write(folder: Path, arms: Sequence[Arm]) -> list[Path]:
@@ -37,14 +26,7 @@ def write(folder: Path, arms: Sequence[Arm]) -> list[Path]:
     figures = {"learning.png": _learning(arms)}
     if any(arm.judged for arm in arms):
         figures["forces.png"] = _forces(arms)
-    for name, figure in figures.items():
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=150, bbox_inches="tight")
-        try:
-            write_whole(folder / name, data.getvalue())
-        except OSError as error:
-            raise ConfigError("--run-dir", f"{folder / name} cannot be written ({error.strerror})") from error
-    return [folder / name for name in figures]
+    return plots.write(folder, figures, "--run-dir")
 
 
 def _learning(arms: Sequence[Arm]) -> Figure:

@@ -202,9 +202,10 @@ class Hub:
         self._selector.unregister(peer.socket)
         peer.socket.close()
 
-    def left(self) -> set[str]:
+    def left(self) -> list[str]:
         """Return the names of evaluators that have hung up since the last call, and have no successor yet."""
-        told, self._left = self._left, set()
+        told = list(self._left)
+        self._left.clear()
         return told
 
     def send(self, message: bus.AnyMessage, buffers: Sequence[npt.NDArray[Any]] = (), to: str = "") -> bool:

@@ -59,6 +59,8 @@ def a_version_is_a_potential_by_itself(subject: Subject) -> None:
     demand("a version of a potential that learns learns", isinstance(again, Trainable), "it is no Trainable")
     assert isinstance(again, Trainable)
     near("a version holds its readout (eV)", again.readout(), readout, subject.tolerances.same)
+    before, after = versions.fingerprint(model.state(), model.readout()), versions.fingerprint(model.state(readout), readout)
+    demand("a readout changes no other tensor of the state", before == after, "versions of it would be refused as those of another network")
     served = model.predict(subject.frames, np.tile(readout, (len(subject.frames), 1)))
     for one, other in zip(again.predict(subject.frames), served, strict=True):
         agree("a version says what the potential says with its readout", one, other, subject.tolerances.same)

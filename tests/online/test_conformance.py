@@ -282,6 +282,12 @@ def single_only(rest: str, device: str, dtype: str) -> Any:
     return load(rest, device, "float32")
 
 
+def careless(rest: str, device: str, dtype: str) -> Any:
+    """Has a tensor that is no readout and goes with it."""
+    made = load(rest, device, dtype)
+    return altered(made, state=lambda readout=None: {**made.state(readout), "sum": made.state(readout)["readout"].sum(keepdims=True)})
+
+
 def crashing(rest: str, device: str, dtype: str) -> Any:
     raise KeyError("readout")
 
@@ -342,6 +348,7 @@ BROKEN: list[tuple[str, str, Callable[[], Any]]] = [
     ("the_state_is_plain_numbers", "the metadata are text", lambda: altered(metadata={"layers": 3})),
     ("the_state_is_a_copy", "state and readout are copies", shared),
     ("a_version_is_a_potential_by_itself", "a version holds its readout", lambda: Subject.loaded(forgetful)),
+    ("a_version_is_a_potential_by_itself", "changes no other tensor", lambda: Subject.loaded(careless)),
     ("a_version_is_a_potential_by_itself", "raised KeyError: 'readout'", lambda: replace(Subject.loaded(load), load=crashing)),
     ("a_version_unpickles_nothing", "a version unpickles nothing: .*ToyTrainable", lambda: Subject.loaded(pickled)),
     ("every_parameter_is_in_one_group", "every parameter is in one group", lambda: tunable(lambda: opened(groups={"readout": ()}))),

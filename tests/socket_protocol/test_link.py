@@ -162,18 +162,18 @@ def test_a_file_left_by_a_killed_gateway_is_no_obstacle(hub: Hub, tmp_path: Path
 def test_who_hangs_up_is_told_once_unless_there_is_a_successor(hub: Hub, line: Line) -> None:
     line.send(READY)
     heard(hub, 1)
-    assert hub.left() == set()
+    assert hub.left() == []
     line.close()
     assert select.select([hub.fileno()], [], [], TIMEOUT)[0]
     assert list(hub.receive()) == []
-    assert hub.left() == {"first"}
-    assert hub.left() == set()
+    assert hub.left() == ["first"]
+    assert hub.left() == []
 
     successors = [Line("e", "first") for _ in range(2)]
     for successor in successors:  # the second one takes the place of the first
         assert successor.connect()
         successor.send(READY)
         heard(hub, 1)
-    assert hub.left() == set()
+    assert hub.left() == []
     for successor in successors:
         successor.close()
