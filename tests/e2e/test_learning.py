@@ -128,13 +128,15 @@ def test_no_label_is_lost_or_done_twice_by_kills(
     # the run has not noticed; a label that is under way when it is stopped is not counted, and waits
     program.until(lambda status: status["steps"] > before + 50, "steps to go on")
     program.until(lambda status: status["labels"]["converged"] >= 5, "more labels")
-    last, _ = journal.next_start()
+    journal.next_start()
     assert program.stop() == 0, program.output
     status = program.status()
     starts, ends = journal.count("start"), journal.count("end")
     assert set(ends.values()) == {1}
-    unfinished = {} if ends[last] else {last: 1}  # on a slow machine it is done before the order to stop arrives
-    assert starts - ends == Counter({again: 1, third: 1, **unfinished})
+    # the engine is stopped before the workers: the label that was under way may be done by then, and the next one have begun
+    unfinished = starts - ends - Counter([again, third])
+    assert unfinished.total() <= 1
+    assert starts - ends == Counter([again, third]) + unfinished
     assert starts[survivor] == 1
     labels = store(program).labels()
     assert Counter(label.frame.key for label in labels) == ends
@@ -148,7 +150,8 @@ def test_no_label_is_lost_or_done_twice_by_kills(
     # what waited is labelled after the next start, and nothing else a second time
     program = start("run", "cuau-water", "--label", f"test:lj?delay=1.0&journal={journal.path}", *UNSURE, *FOREVER, "--seed", "5")
     program.until(lambda status: status["state"] == "running", "the next run")  # its last label may have ended in the last one
-    journal.ended(last)
+    for cut in unfinished:
+        journal.ended(cut)
     assert program.stop() == 0
     assert set(journal.count("end").values()) == {1}
 
