@@ -28,6 +28,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import argparse
 import json
+import signal
 import sys
 import time
 import warnings
@@ -212,6 +213,7 @@ def main() -> int:
     parser.add_argument("--sizes", metavar="N", type=int, nargs="+", choices=SYSTEMS, default=tuple(SYSTEMS), help="these sizes only")
     options = parser.parse_args()
     length = Length(6, 0.3) if options.quick else Length(30, 1.0)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that temporary folders are removed
     import torch
 
     torch.set_num_threads(1)
