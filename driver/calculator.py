@@ -104,7 +104,10 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
         template: Any = None,
     ) -> None:
         source = _plain(model, dtype, version) if run is None else _of_run(Path(run), model, dtype, version)
-        self._slot = Slot(shared_potential(source.model, device, source.dtype))
+        self._slot = Slot(
+            shared_potential(source.model, device, source.dtype),
+            lambda path: registry.of_version(source.model, path, device, source.dtype),
+        )
         self._number, self._scale = source.serving.version, source.serving.lpr_scale
         if source.serving.path:
             self._slot.load(self._number, Path(source.serving.path), ())

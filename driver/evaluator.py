@@ -129,7 +129,10 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     process.keep_memory()
     name, device = sys.argv[2:4]
     settings = configs.load(run_dir).potential
-    slot = Slot(registry.load(settings.model, device, settings.dtype))
+    slot = Slot(
+        registry.load(settings.model, device, settings.dtype),
+        lambda path: registry.of_version(settings.model, path, device, settings.dtype),
+    )
     if members := configs.load(run_dir).serve.committee:
         slot.need_committee(members)
     template = structures.read_frame(settings.template) if settings.template else None

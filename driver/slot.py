@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tumbaga.driver.errors import ConfigError, PotentialError
+from tumbaga.driver.networks import Networks, Opener
 from tumbaga.online import versions
 from tumbaga.online.errors import VersionError
 from tumbaga.online.last_layer import fit
@@ -18,7 +18,6 @@ from tumbaga.online.records import Array, Frame, Members, Prediction
 from tumbaga.online.uncertainty import AtomScore, species_index
 
 BASE = 0
-_KIND = ("architecture", "hyper")  # of a potential's metadata: what its weights mean
 _PIECE = 2048  # atoms that the members are evaluated with at once
 Mix = tuple[int, int, float]
 
@@ -42,29 +41,39 @@ class Answer:
 
 
 class Slot:
-    """One potential with any number of last layers beside each other.
+    """One potential with any number of versions beside each other: other readouts, and other networks of the same kind.
 
     Args:
         potential: any potential; version 0 is its own readout, and the only one where it has none.
+        opened: loads a version file as a potential by itself; without it, versions that a fine-tune brought are refused.
     """
 
-    def __init__(self, potential: Potential) -> None:
+    def __init__(self, potential: Potential, opened: Opener | None = None) -> None:
         self.potential = potential
         self._trainable = potential if isinstance(potential, Trainable) and potential.spec.n_hidden else None
+        self._networks: Networks | None = None
+        self._network: dict[int, str] = {}
+        self._last: Frame | None = None
         self._readouts: dict[int, Array] = {}
         self._scores: dict[int, AtomScore] = {}
         self._covariances: dict[int, Array] = {}
         self._deviations: dict[int, Array] = {}
         if self._trainable is not None:
+            self._networks = Networks(self._trainable, opened)
             own = self._trainable.readout()
             # no label yet: the prior alone says how unsure the readout is
-            self._put(BASE, own, fit([], own, mean_h2=self._trainable.spec.mean_h2 or 1.0).covariance)
+            self._put(BASE, own, fit([], own, mean_h2=self._trainable.spec.mean_h2 or 1.0).covariance, "")
 
-    @functools.cached_property
-    def _network(self) -> str:
-        """What lies before the readout, as version files tell it."""
-        assert self._trainable is not None
-        return versions.fingerprint(self._trainable.state(), self._trainable.readout())
+    @property
+    def networks(self) -> Networks:
+        """The networks behind the versions.
+
+        Raises:
+            PotentialError: the potential has no readout, and so no versions.
+        """
+        if self._networks is None:
+            raise PotentialError(self.potential.spec.name, "has no linear readout, and so no versions")
+        return self._networks
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -81,28 +90,18 @@ class Slot:
         Raises:
             VersionError: the file must not serve; nothing has changed then.
         """
-        if self._trainable is None:
+        if self._networks is None:
             raise VersionError(str(path), f"cannot serve: {self.potential.spec.name} has no linear readout")
         layer = versions.read(path)
-        if layer.readout.shape != (self._trainable.spec.n_columns,):
-            raise VersionError(
-                str(path), f"has {layer.readout.size} readout weights; {self.potential.spec.name} has {self._trainable.spec.n_columns}"
-            )
-        own = self._trainable.metadata
-        for key in (key for key in _KIND if key in own and layer.metadata.get(key) != own[key]):
-            # other elements, most often: as many weights mean something else there
-            told = f"is of another potential: its {key} is {layer.metadata.get(key, 'not told')}, that of {self.potential.spec.name} {own[key]}"
-            raise VersionError(str(path), told)
-        if layer.metadata.get(versions.NETWORK, self._network) != self._network:
-            told = f"was learnt behind other weights than those of {self.potential.spec.name}; begin a new run directory with these"
-            raise VersionError(str(path), told)
-        self._put(version, layer.readout, layer.covariance)
+        network = self._networks.behind(path, layer, self._last)
+        self._put(version, layer.readout, layer.covariance, "" if network == self._networks.base else network)
         for old in set(self._readouts) - {version, BASE, *keep}:
-            del self._readouts[old], self._scores[old], self._covariances[old]
+            del self._readouts[old], self._scores[old], self._covariances[old], self._network[old]
             self._deviations.pop(old, None)
+        self._networks.keep(set(self._network.values()))
 
-    def _put(self, version: int, readout: Array, covariance: Array) -> None:
-        self._readouts[version], self._covariances[version] = readout, covariance
+    def _put(self, version: int, readout: Array, covariance: Array, network: str) -> None:
+        self._readouts[version], self._covariances[version], self._network[version] = readout, covariance, network
         self._scores[version] = AtomScore(covariance, len(self.potential.spec.elements))
         self._deviations.pop(version, None)
 
@@ -133,7 +132,7 @@ class Slot:
         return held
 
     def _with_members(
-        self, frames: Sequence[Frame], served: Array, mixes: Sequence[Mix], answers: list[Answer], members: int
+        self, potential: Potential, frames: Sequence[Frame], served: Array, mixes: Sequence[Mix], answers: list[Answer], members: int
     ) -> list[Answer]:
         """Return the answers with a committee each; in a ramp its members move with the mix, as what is served does.
 
@@ -142,23 +141,13 @@ class Slot:
         """
         deviations = [(1.0 - weight) * self._deviation(old, members) + weight * self._deviation(new, members) for old, new, weight in mixes]
         readouts = (served[:, None] + np.stack(deviations)).reshape(len(frames) * members, -1)
-        said = self._in_pieces([frame for frame in frames for _ in range(members)], readouts)
+        said = _in_pieces(potential, [frame for frame in frames for _ in range(members)], readouts)
         committees = [_members(said[start : start + members]) for start in range(0, len(said), members)]
         for answer, committee in zip(answers, committees, strict=True):
             if answer.prediction.finite and not committee.finite:
                 # JSON knows no such number, and i-PI hangs when it is not told all of them
                 raise PotentialError(self.potential.spec.name, "a member of its committee gives a number that is not finite")
         return [replace(answer, members=committee) for answer, committee in zip(answers, committees, strict=True)]
-
-    def _in_pieces(self, frames: Sequence[Frame], readouts: Array) -> list[Prediction]:
-        """Evaluate in batches of a bounded number of atoms: a committee multiplies them, and memory is finite."""
-        said: list[Prediction] = []
-        while len(said) < len(frames):
-            start = len(said)
-            atoms = np.cumsum([len(frame) for frame in frames[start:]])
-            end = start + max(1, int(np.searchsorted(atoms, _PIECE, side="right")))
-            said += self.potential.predict(frames[start:end], readouts[start:end])
-        return said
 
     def answer(self, frames: Sequence[Frame], mixes: Sequence[Mix], members: int = 0) -> list[Answer]:
         """Evaluate frames as one batch, each under its own mix of versions, and with a committee of so many members beside it.
@@ -167,12 +156,41 @@ class Slot:
             KeyError: a mix names a version that is not held.
             PotentialError: a member's numbers are not finite where the prediction is.
         """
-        if self._trainable is None:
+        if self._networks is None:
             return [Answer(p, 0.0, np.full(len(f), np.nan)) for f, p in zip(frames, self.potential.predict(frames), strict=True)]
+        if frames:
+            self._last = frames[0]
+        names = {self._network[version] for mix in mixes for version in mix[:2]}
+        if len(names) <= 1:
+            return self._behind(names.pop() if names else "", frames, mixes, members)
+        return self._behind_several(frames, mixes, members)
+
+    def _behind_several(self, frames: Sequence[Frame], mixes: Sequence[Mix], members: int) -> list[Answer]:
+        """Evaluate a batch whose versions have different networks: a frame between two of them is evaluated by both."""
+        asked: dict[str, list[tuple[int, Mix]]] = {}
+        for k, (old, new, weight) in enumerate(mixes):
+            if self._network[old] == self._network[new]:
+                asked.setdefault(self._network[old], []).append((k, (old, new, weight)))
+            else:
+                for version in (old, new):
+                    asked.setdefault(self._network[version], []).append((k, (version, version, 1.0)))
+        found: dict[tuple[int, str], Answer] = {}
+        for name, asks in asked.items():
+            said = self._behind(name, [frames[k] for k, _ in asks], [mix for _, mix in asks], members)
+            found.update({(k, name): one for (k, _), one in zip(asks, said, strict=True)})
+        answers = []
+        for k, (old, new, weight) in enumerate(mixes):
+            first, second = found[k, self._network[old]], found[k, self._network[new]]
+            answers.append(second if first is second else _between(first, second, weight))
+        return answers
+
+    def _behind(self, name: str, frames: Sequence[Frame], mixes: Sequence[Mix], members: int) -> list[Answer]:
+        """Evaluate frames whose versions have the same network as one batch."""
+        potential = self.networks[name]
         served = np.stack([(1.0 - weight) * self._readouts[old] + weight * self._readouts[new] for old, new, weight in mixes])
-        predictions = self._trainable.predict(frames, served)
+        predictions = potential.predict(frames, served)
         answers = [self._answer(*one) for one in zip(frames, predictions, mixes, strict=True)]
-        return self._with_members(frames, served, mixes, answers, members) if members else answers
+        return self._with_members(potential, frames, served, mixes, answers, members) if members else answers
 
     def _answer(self, frame: Frame, prediction: Prediction, mix: Mix) -> Answer:
         features, old, new = prediction.features, mix[0], mix[1]
@@ -184,6 +202,34 @@ class Slot:
             change = (self._readouts[new] - self._readouts[old]).reshape(-1, self.potential.spec.n_hidden)
             step = float(np.einsum("nh,nh->", features, change[elements]))
         return Answer(prediction, step, self._scores[new](features, elements))
+
+
+def _in_pieces(potential: Potential, frames: Sequence[Frame], readouts: Array) -> list[Prediction]:
+    """Evaluate in batches of a bounded number of atoms: a committee multiplies them, and memory is finite."""
+    said: list[Prediction] = []
+    while len(said) < len(frames):
+        start = len(said)
+        atoms = np.cumsum([len(frame) for frame in frames[start:]])
+        end = start + max(1, int(np.searchsorted(atoms, _PIECE, side="right")))
+        said += potential.predict(frames[start:end], readouts[start:end])
+    return said
+
+
+def _between(old: Answer, new: Answer, weight: float) -> Answer:
+    """What serves between two networks: (1 - weight) V_old + weight V_new, which is one conservative potential; the score is the new one's."""
+    keep, before, after = 1.0 - weight, old.prediction, new.prediction
+    mixed = Prediction(
+        keep * before.energy + weight * after.energy,
+        keep * before.forces + weight * after.forces,
+        keep * before.virial + weight * after.virial,
+    )
+    members = None
+    if old.members is not None and new.members is not None:
+        one, two = old.members, new.members
+        members = Members(
+            keep * one.energies + weight * two.energies, keep * one.forces + weight * two.forces, keep * one.virials + weight * two.virials
+        )
+    return Answer(mixed, after.energy - before.energy, new.lpr, members)
 
 
 def _members(said: Sequence[Prediction]) -> Members:

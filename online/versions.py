@@ -25,6 +25,7 @@ from tumbaga.online.records import Array
 FOLDER = "versions"
 SERVING = "serving.json"
 NETWORK = "network"  # in the metadata: the `fingerprint` of what lies before the readout
+ORIGIN = "origin"  # in the metadata: that of the network with which the run began, where it is another one
 _READOUT, _COVARIANCE, _FACTS = "last_layer.readout", "last_layer.covariance", "tumbaga"
 
 
@@ -54,7 +55,9 @@ class VersionFile:
     path: str
 
 
-def write(run_dir: Path, number: int, tensors: Mapping[str, np.ndarray], layer: LastLayer, metadata: Mapping[str, str]) -> VersionFile:
+def write(
+    run_dir: Path, number: int, tensors: Mapping[str, np.ndarray], layer: LastLayer, metadata: Mapping[str, str], origin: str = ""
+) -> VersionFile:
     """Write a version file, whole or not at all, and return its name.
 
     Args:
@@ -63,12 +66,15 @@ def write(run_dir: Path, number: int, tensors: Mapping[str, np.ndarray], layer: 
         tensors: all tensors of the potential (the readout among them already the new one).
         layer: readout and covariance.
         metadata: the potential's own metadata, kept beside ours.
+        origin: `fingerprint` of the network with which the run began; only told where the version has another.
     """
     facts = json.dumps({**layer.facts, "number": number}, sort_keys=True)
     own = {_READOUT: np.ascontiguousarray(layer.readout), _COVARIANCE: np.ascontiguousarray(layer.covariance)}
     told = {**metadata, _FACTS: facts}
     if network := fingerprint(tensors, layer.readout):
         told[NETWORK] = network
+        if origin and origin != network:
+            told[ORIGIN] = origin
     data = _in_order(save_tensors({**{k: np.ascontiguousarray(v) for k, v in tensors.items()}, **own}, told))
     digest = hashlib.sha256(data).hexdigest()
     path = Path(FOLDER) / f"{number:06d}-{digest[:8]}.safetensors"

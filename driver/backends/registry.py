@@ -84,6 +84,20 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> Potential:
     return make(rest, device, dtype)
 
 
+def of_version(name: str, path: Path, device: str = "auto", dtype: str = "float32") -> Potential:
+    """Load a version file of a run as a potential by itself: of the kind that the run's potential has, with the network that is in the file.
+
+    Args:
+        name: of the run's potential.
+        path: the version file.
+        device, dtype: see `load`.
+
+    Raises:
+        PotentialError: no such kind, or the file is not of it.
+    """
+    return load(f"{name.partition(':')[0]}:{path}", device, dtype)
+
+
 def weights_file(name: str) -> Path | None:
     """The weights file behind a name, for the record of a run; None for potentials without one. Imports no back end but the toys.
 
