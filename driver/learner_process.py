@@ -70,6 +70,7 @@ class LearnerProcess:
         known = self._store.versions()
         if not known:
             self._add_base()
+            self._unlearnt = self._learner.n_labels > 0  # labels that were imported before the first start
             return
         self._serve_newest()
         self._learner.quantile = replace(self._learner.quantile, q=read_serving(self._run_dir).quantile)
@@ -80,7 +81,7 @@ class LearnerProcess:
     def _serve_newest(self) -> None:
         """Serve the newest version that is whole and was not refused, else the base."""
         self._version, self._path = 0, ""
-        for version in reversed([v for v in self._store.versions() if v.state != "refused" and v.number > 0]):
+        for version in reversed([v for v in self._store.versions() if v.may_serve and v.number > 0]):
             try:
                 layer = versions.read(self._run_dir / version.file)
             except VersionError as error:

@@ -51,6 +51,14 @@ class StoreError(OnlineError):
         return f"store {self.path} {self.problem}"
 
 
+class StoreFullError(StoreError):
+    """There is no room for what should be stored; the store is as it was, and takes it when there is room again."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "cannot be written: the disk is full")
+        self.args = (path,)
+
+
 class VersionError(OnlineError):
     """A version file must not serve."""
 

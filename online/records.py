@@ -137,7 +137,7 @@ class Label:
         method: what identifies the level of theory, e.g. "pyscf:pbe/def2-svp"; labels of different methods are never mixed.
         seconds: wall time it took.
         details: engine facts worth keeping (SCF cycles, spin, versions), JSON-compatible.
-        virial: -dE/dstrain as the method gives it, shape (3, 3), float64, eV; None where it gives none (a run's store does not keep it).
+        virial: -dE/dstrain as the method gives it, shape (3, 3), float64, eV; None where it gives none.
 
     Raises:
         BadFrameError: non-finite numbers or a wrong shape.
@@ -190,6 +190,7 @@ class Reason(enum.Enum):
     GUARD = "guard"  # a guard saw something unusual
     STALLED = "stalled"  # an engine waits for this label
     PRECURSOR = "precursor"  # one of the last good frames before a session had to be ended
+    IMPORTED = "imported"  # its label was computed elsewhere
 
 
 class Role(enum.Enum):

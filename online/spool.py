@@ -41,6 +41,7 @@ def put(run_dir: Path, result: Result) -> None:
             "method": label.method,
             "seconds": label.seconds,
             "details": label.details,
+            "virial": None if label.virial is None else label.virial.tolist(),
         }
     write_whole(run_dir / FOLDER / f"{result.task:08d}.json", json.dumps(told).encode())
 
@@ -64,5 +65,6 @@ def _read(path: Path) -> Result:
     label = None
     if "label" in told:
         made = told["label"]
-        label = Label(made["energy"], np.array(made["forces"], dtype=np.float64), made["method"], made["seconds"], made["details"])
+        forces = np.array(made["forces"], dtype=np.float64)
+        label = Label(made["energy"], forces, made["method"], made["seconds"], made["details"], made.get("virial"))
     return Result(int(told["task"]), int(told["frame"]), label, str(told["failure"]))

@@ -146,7 +146,7 @@ def test_certain_frames_are_kept_without_a_label(make_bench: Callable[..., Bench
     bench = make_bench(Limits(force_error=1e6, budget=60))
 
     assert not bench.flag(cluster())
-    assert bench.store.counts() == {"pending": 0, "running": 0, "converged": 0, "failed": 0, "dropped": 0, "flags": 1}
+    assert {state: count for state, count in bench.store.counts().items() if count} == {"flags": 1}
 
 
 def test_a_frame_is_labelled_once(bench: Bench, cluster: Callable[..., Frame]) -> None:

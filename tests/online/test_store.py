@@ -132,7 +132,7 @@ def test_only_waiting_frames_can_be_dropped(store: Store) -> None:
     store.start_task(number, "label-0", 11)
     store.drop(number, "made room")
 
-    assert store.counts() | {"flags": 0} == {"pending": 0, "running": 1, "converged": 0, "failed": 0, "dropped": 0, "flags": 0}
+    assert {state: count for state, count in store.counts().items() if count} == {"running": 1, "flags": 1}
 
 
 def test_a_label_is_stored_to_the_last_bit(store: Store) -> None:
@@ -350,7 +350,9 @@ def test_a_store_of_another_schema_is_refused(path: Path, read_only: bool) -> No
     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 6}")
     database.close()
 
-    with pytest.raises(StoreError, match=f"schema version {SCHEMA_VERSION + 6}; this program reads version {SCHEMA_VERSION}"):
+    with pytest.raises(
+        StoreError, match=f"schema version {SCHEMA_VERSION + 6}; this program reads up to version {SCHEMA_VERSION}: install"
+    ):
         Store(path, read_only=read_only)
 
 
