@@ -45,8 +45,13 @@ LabelOption = Annotated[
     typer.Option(
         "--label",
         metavar="METHOD",
-        help="Who labels: pyscf, ase:MODULE:CLASS for any ASE calculator, or ipi:ADDRESS for programs that connect there.",
+        help="Who labels: pyscf, ase:MODULE:CLASS for any ASE calculator, call:FILE.py:FUNCTION for a function of yours, or ipi:ADDRESS for "
+        "programs that connect there; options behind it, as in 'pyscf?basis=def2-tzvp&grid=3'.",
     ),
+]
+ExecutorOption = Annotated[
+    str | None,
+    typer.Option("--executor", metavar="WHERE", help="Where labels are computed: local, or dask:tcp://HOST:PORT of a Dask scheduler."),
 ]
 LabelsOption = Annotated[int | None, typer.Option("--labels", metavar="N", help="Labels at most; 0 for none.")]
 NoLearnOption = Annotated[bool, typer.Option("--no-learn", help="Serve only: no labels, no updates.")]
@@ -72,6 +77,7 @@ def run(
     run_dir: RunDirOption = None,
     force_error: ErrorOption = None,
     label: LabelOption = None,
+    executor: ExecutorOption = None,
     critical: CriticalOption = None,
     no_learn: NoLearnOption = False,
     quiet: QuietOption = False,
@@ -94,7 +100,7 @@ def run(
         flag=configs.Flag(spacing=50),
         seed=seed,
     )
-    settings = _with(settings, force_error, label, labels, critical, no_learn)
+    settings = _with(settings, force_error, label, executor, labels, critical, no_learn)
     made = engines.make(engine, folder, str(EXAMPLES[example]), engines.Dynamics(steps, temperature, seed=seed))
     settings = msgspec.structs.replace(settings, serve=configs.Serve(connect=(made.address,)))
     _carry_out(folder, settings, made, steps, quiet)
@@ -143,6 +149,7 @@ def serve(
     no_learn: NoLearnOption = False,
     force_error: ErrorOption = None,
     label: LabelOption = None,
+    executor: ExecutorOption = None,
     critical: CriticalOption = None,
     labels: LabelsOption = None,
     seed: SeedOption = 0,
@@ -196,7 +203,7 @@ def serve(
     if not connected.connect:
         raise ConfigError("serve", "needs an address: -u -a NAME for a unix socket, -a HOST -p PORT for tcp, or --connect")
     settings = msgspec.structs.replace(settings, potential=potential, serve=connected)
-    _carry_out(folder, _with(settings, force_error, label, labels, critical, no_learn), None, None, quiet)
+    _carry_out(folder, _with(settings, force_error, label, executor, labels, critical, no_learn), None, None, quiet)
 
 
 @app.command()
@@ -257,15 +264,20 @@ def _with(
     settings: configs.Config,
     force_error: float | None,
     label: str | None,
+    executor: str | None,
     labels: int | None,
     critical: configs.PolicyName | None,
     no_learn: bool,
 ) -> configs.Config:
+    from tumbaga.online.labels.factory import absolute_method
+
     flag, labelled, learn, policy = settings.flag, settings.label, settings.learn, settings.policy
     if force_error is not None:
         flag = msgspec.structs.replace(flag, force_error=force_error)
     if label is not None:
-        labelled = msgspec.structs.replace(labelled, method=label)
+        labelled = msgspec.structs.replace(labelled, method=absolute_method(label))
+    if executor is not None:
+        labelled = msgspec.structs.replace(labelled, executor=executor)
     if labels is not None:
         labelled = msgspec.structs.replace(labelled, budget=labels)
     if no_learn:

@@ -14,14 +14,13 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final
-from urllib.parse import parse_qsl
 
 import numpy as np
 
 from tumbaga.driver import units
 from tumbaga.driver.errors import ConfigError
 from tumbaga.online.errors import LabelFailedError, OnlineError
-from tumbaga.online.labels.factory import UnknownMethodError
+from tumbaga.online.labels.factory import UnknownMethodError, split_options
 from tumbaga.online.labels.factory import make_labeller as _make_other
 from tumbaga.online.ports import Labeller
 from tumbaga.online.records import Frame, Label
@@ -54,11 +53,10 @@ def make_labeller(method: str, /, **options: Any) -> Labeller:
     >>> make_labeller("ipi:unix:water?kind=cp2k&level=PBE").method
     'ipi:unix:water(kind=cp2k, level=PBE)'
     """
-    name, _, rest = method.partition(":")
-    if name != "ipi":
+    if not method.startswith("ipi:"):
         return _make_other(method, **options)
-    address, _, query = rest.partition("?")
-    options = dict(parse_qsl(query)) | options
+    called, written = split_options(method)
+    address, options = called.removeprefix("ipi:"), written | options
     if unknown := sorted(set(options) - set(_OPTIONS)):
         raise UnknownMethodError(method, f"has no option {unknown[0]!r}; there are {', '.join(_OPTIONS)}")
     try:
@@ -237,7 +235,6 @@ class ClientPool:
     """
 
     def __init__(self, labeller: ClientLabeller, log: Log, clock: Callable[[], float]) -> None:
-        self.active = True
         self._labeller, self._log, self._clock = labeller, log, clock
         self._remind_at = 0.0
         labeller.open()
@@ -245,9 +242,9 @@ class ClientPool:
         logging.getLogger(_WIRE).addHandler(self._handler)
         logging.getLogger(_WIRE).setLevel(logging.INFO)
 
-    def schedule(self, function: Callable[[Frame], Label], args: tuple[Frame], timeout: float) -> Future[Label]:
-        """Begin a label; `function` is for pools of processes, and the time limit is the labeller's."""
-        future = self._labeller.begin(*args)
+    def schedule(self, frame: Frame) -> Future[Label]:
+        """Begin a label; the time limit is the labeller's."""
+        future = self._labeller.begin(frame)
         self._remind_at = self._clock()
         self.turn()
         return future
@@ -265,13 +262,9 @@ class ClientPool:
 
     def stop(self) -> None:
         """Tell the clients to leave, and close. Can be called twice."""
-        self.active = False
         self._labeller.close()
         logging.getLogger(_WIRE).removeHandler(self._handler)
         logging.getLogger(_WIRE).setLevel(logging.NOTSET)
-
-    def join(self, timeout: float | None = None) -> None:
-        """There is nothing to wait for."""
 
 
 _WIRE: Final = "tumbaga.socket_protocol"

@@ -12,6 +12,9 @@ import tomli_w
 from tumbaga.driver.errors import ConfigError
 
 FILE = "tumbaga.toml"
+LOCAL = "local"
+_DASK = "dask:"
+_SCHEDULERS = tuple(f"{_DASK}{protocol}://" for protocol in ("tcp", "tls", "ucx", "ws", "wss"))
 PolicyName: TypeAlias = Literal["continue", "stall", "reject"]
 
 
@@ -85,20 +88,31 @@ class Label(_Section, frozen=True):
     """Who labels.
 
     Attributes:
-        method: "pyscf", "ase:MODULE:CLASS", "ipi:ADDRESS", or a test labeller.
+        method: "pyscf", "ase:MODULE:CLASS", "call:FILE:FUNCTION", "ipi:ADDRESS", or a test labeller.
         options: handed to the labeller, e.g. xc, basis, grid.
-        workers: label processes, one core each.
+        executor: where labels are computed: "local", or "dask:ADDRESS" of a scheduler, such as "dask:tcp://node1:8786".
+        workers: labels at a time.
+        cores: of each label; its libraries use so many threads.
         budget: labels at most in the life of the run directory, failed ones included; 0 for none.
         time_limit: seconds after which a label is killed and recorded as failed.
+        memory_gb: 10⁹ bytes of memory at which a label is killed and recorded as failed; 0 for no limit.
         attempts: how often a label is tried again when its worker dies.
     """
 
     method: str = "pyscf"
-    options: dict[str, str | int | float | bool] = {}
+    options: dict[str, str | int | float | bool | list[Any]] = {}
+    executor: str = LOCAL
     workers: int = 1
+    cores: int = 1
     budget: int = 200
     time_limit: float = 1800.0
+    memory_gb: float = 0.0
     attempts: int = 2
+
+    @property
+    def cluster(self) -> str:
+        """Address of the scheduler; empty where labels are computed on this machine."""
+        return "" if self.executor == LOCAL else self.executor.removeprefix(_DASK)
 
 
 class Learn(_Section, frozen=True):
@@ -167,6 +181,8 @@ class Config(_Section, frozen=True):
             ("flag.spacing", self.flag.spacing, 1),
             ("flag.audit_every", self.flag.audit_every, 1),
             ("label.workers", self.label.workers, 0),
+            ("label.cores", self.label.cores, 1),
+            ("label.memory_gb", self.label.memory_gb, 0),
             ("label.budget", self.label.budget, 0),
             ("label.attempts", self.label.attempts, 1),
             ("learn.ramp_steps", self.learn.ramp_steps, 1),
@@ -178,6 +194,10 @@ class Config(_Section, frozen=True):
         ):
             if value < least:
                 raise ConfigError(key, f"is {value}; it must be at least {least}")
+        if self.label.executor != LOCAL and not self.label.executor.startswith(_SCHEDULERS):
+            raise ConfigError("label.executor", f"is {self.label.executor!r}; write local, or dask:tcp://HOST:PORT of a Dask scheduler")
+        if self.label.cluster and self.label.method.startswith("ipi:"):
+            raise ConfigError("label.executor", "is a Dask cluster, and ipi labels come from programs that connect here; set it to local")
         if not all(self.potential.devices):
             raise ConfigError(
                 "potential.device", f"is {self.potential.device!r}; write auto, cpu, cuda, or several with commas between them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -32,9 +33,34 @@ def chosen(settings: Config, cores: int, gpu: bool) -> tuple[str, ...]:
     names = settings.potential.devices
     if names != (AUTO,) or gpu:
         return names
-    free = cores - (settings.label.workers if settings.learn.enabled else 0)
+    free = cores - _of_labels(settings)
     engines = len(settings.serve.connect) * settings.serve.connections
     return (AUTO,) * max(1, min(free, engines, _MOST))
+
+
+def _of_labels(settings: Config) -> int:
+    """How many cores of this machine labels take."""
+    return settings.label.workers * settings.label.cores if settings.learn.enabled and not settings.label.cluster else 0
+
+
+def left_for_labels(settings: Config, cores: Sequence[int], evaluators: int) -> tuple[int, ...]:
+    """Return the cores on which labels are computed; none where they may be computed on all.
+
+    Labels keep off as many cores as there are evaluators, if enough are left. They share what is left, rather than to have a core each: several
+    runs on one machine would choose the same ones.
+
+    Args:
+        settings: of the run.
+        cores: that this process may use.
+        evaluators: how many there are.
+    """
+    left = tuple(sorted(cores))[evaluators:]
+    return left if len(left) >= _of_labels(settings) else ()
+
+
+def for_labels(settings: Config) -> tuple[int, ...]:
+    """`left_for_labels` for this machine."""
+    return left_for_labels(settings, sorted(os.sched_getaffinity(0)), len(of_run(settings)))
 
 
 def of_run(settings: Config) -> tuple[str, ...]:

@@ -1,56 +1,32 @@
-"""A label worker: asks the learner for frames, has each labelled in a child process of its own, and puts the result on disk.
+"""A label worker: asks the learner for frames, has each labelled elsewhere, and puts the result on disk.
 
-The child does the chemistry and can be killed: by its time limit, by the system, by a bug. This process only waits for it, so it always
-answers. The learner may die meanwhile: the label goes on, and its result waits in the spool.
-
-Where the chemistry is done by programs that connect to us (`client_labels`), there is no child: this process waits at their sockets too.
+Elsewhere is a process of its own (`label_process`), a Dask cluster (`label_dask`) or programs that connect to us (`client_labels`). This process
+only waits, so it always answers. The learner may die meanwhile: the label goes on, and its result waits in the spool.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import os
-import shutil
-import signal
 import sys
-import tempfile
-from concurrent.futures import TimeoutError as LabelTimeout
-from multiprocessing import get_context
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import zmq
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import process, tether
+from tumbaga.driver import devices, process
 from tumbaga.driver.client_labels import ClientLabeller, ClientPool, make_labeller
+from tumbaga.driver.label_process import LocalPool, Log, Pool, Terms, prefix_of
 from tumbaga.online import spool
 from tumbaga.online.errors import OnlineError
 from tumbaga.online.records import Frame, Label
 from tumbaga.socket_protocol import bus
 
-_BEAT_MS = 500
+_BEAT_S = 0.5
 _LAST_MOMENT_S = 0.5
-
-_labeller: Any = None  # of this child process
-
-
-def _prepare(method: str, options: dict[str, Any], parent: int) -> None:
-    """In the child, once: die with the parent, and make the labeller."""
-    global _labeller
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tether.tie(signal.SIGKILL, parent)
-    os.nice(10)
-    _labeller = make_labeller(method, **options)
-
-
-def _label(frame: Frame) -> Label:
-    """In the child: label one frame."""
-    made: Label = _labeller.label(frame)
-    return made
 
 
 class Worker:
@@ -58,45 +34,22 @@ class Worker:
 
     Args:
         run_dir: the run directory.
-        name: under which the supervisor started it.
-        settings: of the labels.
+        name: under which the learner knows it.
+        pool: has frames labelled; shared with other workers or not.
         endpoint: DEALER to the learner.
         reporter: to the supervisor.
-        clients: compute in place of a child process.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        name: str,
-        settings: configs.Label,
-        endpoint: bus.Endpoint,
-        reporter: process.Reporter,
-        clients: ClientPool | None = None,
-    ) -> None:
-        self._run_dir, self._name, self._settings = run_dir, name, settings
+    def __init__(self, run_dir: Path, name: str, pool: Pool, endpoint: bus.Endpoint, reporter: process.Reporter) -> None:
+        self._run_dir, self._name, self._pool = run_dir, name, pool
         self._endpoint, self._reporter = endpoint, reporter
-        self._pool: ProcessPool | ClientPool | None = clients
-        self._future: ProcessFuture | None = None
+        self._future: Future[Label] | None = None
         self._task: bus.Task | None = None
         self._unsaved: spool.Result | None = None  # computed, but the disk did not take it yet
         self._since = 0.0
         self._seen = 0
-        self._frame: Frame | None = None  # of the task
-        self._deaths = 0  # of children at this task
-        # the child's end wakes the poller through this pipe
+        # the end of a label wakes the poller through this pipe
         self.done_fd, self._wake = os.pipe()
-
-    def _ready_pool(self) -> ProcessPool | ClientPool:
-        if self._pool is None or not self._pool.active:
-            self._pool = ProcessPool(
-                max_workers=1,
-                max_tasks=100,  # long-lived children of foreign libraries leak
-                initializer=_prepare,
-                initargs=(self._settings.method, dict(self._settings.options), os.getpid()),
-                context=get_context("spawn"),
-            )
-        return self._pool
 
     def beat(self) -> None:
         """Say what this worker is doing."""
@@ -120,25 +73,10 @@ class Worker:
         numbers = bus.array(buffers[0], np.int64, (-1,))
         frame = Frame(numbers, bus.array(buffers[1], np.float64, (-1, 3)), bus.array(buffers[2], np.float64, (3, 3)), task.periodic)
         self._task, self._seen, self._since = task, task.task, process.monotonic()
-        self._frame, self._deaths = frame, 0
-        self._compute(frame)
+        self._future = self._pool.schedule(frame)
+        self._future.add_done_callback(lambda _: os.write(self._wake, b"x"))
         self._reporter.log("info", "label started", frame=task.frame, key=task.key, worker=self._name)
         self.beat()
-
-    def _compute(self, frame: Frame) -> None:
-        self._future = self._ready_pool().schedule(_label, args=(frame,), timeout=self._settings.time_limit)
-        self._future.add_done_callback(lambda _: os.write(self._wake, b"x"))
-
-    def _once_more(self) -> bool:
-        """Whether the child was killed at the task under way, and another one has been set to it."""
-        if self._future is None or self._frame is None or not isinstance(self._future.exception(), ProcessExpired):
-            return False
-        self._deaths += 1
-        if self._deaths >= self._settings.attempts:
-            return False
-        self._reporter.log("warning", "labelling process died", deaths=self._deaths, worker=self._name)
-        self._compute(self._frame)
-        return True
 
     def finished(self) -> None:
         """Put the result of a finished label on disk, then say so; while the disk does not take it, try again at every turn."""
@@ -146,9 +84,7 @@ class Worker:
             return
         if self._unsaved is None:
             os.read(self.done_fd, 1)
-            if self._once_more():
-                return
-            self._unsaved = self._result(self._task, self._future)
+            self._unsaved = _result(self._task, self._future)
         result = self._unsaved
         try:
             spool.put(self._run_dir, result)
@@ -160,81 +96,79 @@ class Worker:
         self._future = self._task = self._unsaved = None
         self.beat()
 
-    def _result(self, task: bus.Task, future: ProcessFuture) -> spool.Result:
-        try:
-            return spool.Result(task.task, task.frame, future.result())
-        except OnlineError as error:
-            reason = str(error)
-        except LabelTimeout:
-            reason = f"took longer than label.time_limit = {self._settings.time_limit:g} s and was killed"
-        except ProcessExpired as error:
-            reason = f"the labelling process died {self._deaths} times on this frame (last exit code {error.exitcode})"
-        except Exception as error:  # noqa: BLE001 - a foreign engine may raise anything: it is the reason, and it is recorded
-            reason = f"{type(error).__name__}: {error}"
-        return spool.Result(task.task, task.frame, None, reason)
-
-    def last_moment(self) -> None:
-        """A label that ends just now was paid for: its result may still be on its way from the child."""
-        if isinstance(self._future, ProcessFuture):
-            concurrent.futures.wait([self._future], _LAST_MOMENT_S)
+    def last_moment(self, seconds: float) -> None:
+        """A label that ends just now was paid for: its result may still be on its way."""
+        if self._future is not None:
+            concurrent.futures.wait([self._future], seconds)
         self.finished()
 
-    def close(self) -> None:
-        """Kill the child."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join(timeout=5)
+
+def _result(task: bus.Task, future: Future[Label]) -> spool.Result:
+    try:
+        return spool.Result(task.task, task.frame, future.result())
+    except OnlineError as error:
+        reason = str(error)
+    except Exception as error:  # noqa: BLE001 - our own bug, which must not be one for the other labels too
+        reason = f"{type(error).__name__}: {error}"
+    return spool.Result(task.task, task.frame, None, reason)
+
+
+def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log) -> Pool:
+    """Return where the worker of this name has its frames labelled.
+
+    Raises:
+        OnlineError: a wrong method: a sentence now, not a failure of every label.
+        ConfigError: a client's address cannot be listened at.
+    """
+    chosen = settings.label
+    labeller = make_labeller(chosen.method, **chosen.options)
+    if isinstance(labeller, ClientLabeller):
+        index = int(name.rpartition("-")[2])
+        return ClientPool(labeller.for_worker(index, chosen.time_limit), log, process.monotonic)
+    terms = Terms(chosen.method, dict(chosen.options), chosen.time_limit, chosen.memory_gb, chosen.cores, chosen.attempts)
+    if chosen.cluster:
+        from tumbaga.driver.label_dask import DaskPool
+
+        return DaskPool(chosen.cluster, terms, chosen.workers, log)
+    return LocalPool(msgspec.structs.replace(terms, cores=devices.for_labels(settings)), prefix_of(run_dir, name), log)
 
 
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Ask for frames and label them until told to leave."""
-    name = sys.argv[2]
-    settings = configs.load(run_dir).label
-    labeller = make_labeller(settings.method, **settings.options)  # a wrong method is a sentence now, not a failure of every label
+    settings = configs.load(run_dir)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    reporter = process.Reporter(context, name)
-    endpoint = bus.Endpoint(context, zmq.DEALER, bus.LABELS, bind=False, identity=f"{name}-{os.getpid()}")
-    clients = None
-    if isinstance(labeller, ClientLabeller):
-        index = int(name.rpartition("-")[2])
-        clients = ClientPool(labeller.for_worker(index, settings.time_limit), reporter.log, process.monotonic)
-    scratch = _own_environment(run_dir, name)
-    worker = Worker(run_dir, name, settings, endpoint, reporter, clients)
-    poller = zmq.Poller()
-    for watched in (endpoint.socket, worker.done_fd, lifeline.fileno(), *([clients.fileno()] if clients else [])):
-        poller.register(watched, zmq.POLLIN)
-    reporter.log("info", "ready", method=settings.method, pid=os.getpid())
-    worker.beat()
+    reporter = process.Reporter(context, sys.argv[2])
+    pool = make_pool(run_dir, sys.argv[2], settings, reporter.log)
+    # one process has as many labels under way on a cluster as there would be workers here
+    names = [f"label-{index}" for index in range(settings.label.workers)] if settings.label.cluster else [sys.argv[2]]
+    workers, poller = [], zmq.Poller()
+    for name in names:
+        endpoint = bus.Endpoint(context, zmq.DEALER, bus.LABELS, bind=False, identity=f"{name}-{os.getpid()}")
+        workers.append(Worker(run_dir, name, pool, endpoint, reporter))
+        poller.register(endpoint.socket, zmq.POLLIN)
+        poller.register(workers[-1].done_fd, zmq.POLLIN)
+    poller.register(lifeline.fileno(), zmq.POLLIN)
+    if pool.fileno() >= 0:
+        poller.register(pool.fileno(), zmq.POLLIN)
+    reporter.log("info", "ready", method=settings.label.method, executor=settings.label.executor, pid=os.getpid())
+    due = 0.0
     try:
         while not lifeline.cut_off:
-            if not poller.poll(_BEAT_MS):
-                worker.beat()
-            if clients is not None:
-                clients.turn()
-            worker.finished()
-            worker.messages()
-        worker.last_moment()
+            if process.monotonic() >= due:
+                due = process.monotonic() + _BEAT_S
+                for worker in workers:
+                    worker.beat()
+            poller.poll(int(1000 * _BEAT_S))
+            pool.turn()
+            for worker in workers:
+                worker.finished()
+                worker.messages()
+        until = process.monotonic() + _LAST_MOMENT_S
+        for worker in workers:
+            worker.last_moment(max(0.0, until - process.monotonic()))
     finally:
-        worker.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+        pool.stop()
         reporter.close()
-
-
-def _own_environment(run_dir: Path, name: str) -> str:
-    """Before a child is spawned: one core, a scratch folder of its own, and no configuration file of PySCF (it would be executed)."""
-    prefix = f"tumbaga-label-{hashlib.sha256(os.fsencode(f'{run_dir}/{name}')).hexdigest()[:16]}-"
-    for left_behind in Path(tempfile.gettempdir()).glob(f"{prefix}*"):  # by a worker of this name that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
-    scratch = tempfile.mkdtemp(prefix=prefix)
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "PYSCF_TMPDIR": scratch,
-        "TMPDIR": scratch,
-        "PYSCF_CONFIG_FILE": os.path.join(scratch, "none"),
-    }
-    return scratch
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tumbaga.driver.backends import registry
 from tumbaga.driver.errors import ConfigError, RunDirError
 from tumbaga.driver.rundir import RunDir
 from tumbaga.driver.served import ServedCalculator, ServingError
+from tumbaga.online.labels.factory import absolute_method
 from tumbaga.online.records import Frame
 from tumbaga.online.versions import write_whole
 
@@ -76,7 +77,7 @@ def serve(
         settings,
         potential=_with(settings.potential, device=device, dtype=dtype),
         flag=_with(settings.flag, force_error=force_error),
-        label=_with(settings.label, method=label, options=label_options, budget=labels),
+        label=_with(settings.label, method=label and absolute_method(label), options=label_options, budget=labels),
         learn=_with(settings.learn, enabled=learn),
         seed=settings.seed if seed is None else seed,
     )

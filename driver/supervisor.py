@@ -6,6 +6,7 @@ evaluator, gateway: whoever may still send something goes before whoever receive
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -341,7 +342,9 @@ def _children(path: Path, settings: configs.Config) -> list[Child]:
         made.append(Child(name, "tumbaga.driver.evaluator", path, process.monotonic, (name, device)))
     if settings.learn.enabled:
         made.append(Child("learner", "tumbaga.driver.learner_process", path, process.monotonic))
-        names = [f"label-{i}" for i in range(settings.label.workers)]
+        # a cluster is the business of one process, however many labels it has under way there
+        workers = min(1, settings.label.workers) if settings.label.cluster else settings.label.workers
+        names = [f"label-{i}" for i in range(workers)]
         made += [Child(name, "tumbaga.driver.label_worker", path, process.monotonic, (name,)) for name in names]
     return made
 
@@ -372,9 +375,15 @@ def check(settings: configs.Config) -> None:
         for text in settings.serve.connect:
             Address.parse(text, settings.serve.prefix)
         if settings.learn.enabled:
+            _check_cluster(settings.label)
             labeller = make_labeller(settings.label.method, **settings.label.options)
             if isinstance(labeller, ClientLabeller):
                 for frame in templates:
                     labeller.check(frame)
     except (OnlineError, TransportError) as error:
         raise DriverError(str(error)) from error
+
+
+def _check_cluster(label: configs.Label) -> None:
+    if label.cluster and importlib.util.find_spec("distributed") is None:
+        raise ConfigError("label.executor", "needs the package distributed, which is not installed here: pip install 'tumbaga[dask]'")

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from tumbaga.online.errors import BadFrameError, LabelFailedError
-from tumbaga.online.records import Frame, Label
+from tumbaga.online.records import Array, Frame, Label
 
 
 class AseLabeller:
-    """Energy and forces of a calculator class such as ``ase.calculators.emt:EMT``.
+    """Energy, forces and, for periodic frames, the virial of a calculator class such as ``ase.calculators.emt:EMT``.
 
     Args:
         path: ``module:Class``.
@@ -28,30 +28,59 @@ class AseLabeller:
     @property
     def method(self) -> str:
         """Identifies the level of theory, e.g. "ase:ase.calculators.emt:EMT" or "ase:x:Y(a=1)"."""
-        said = ", ".join(f"{key}={value}" for key, value in sorted(self._options.items()))
-        return f"ase:{self._path}" + (f"({said})" if said else "")
+        return f"ase:{self._path}" + said(self._options)
 
     def label(self, frame: Frame) -> Label:
-        """Compute energy and forces of one frame, periodic or not.
+        """Compute the label of one frame, periodic or not.
 
         Raises:
-            LabelFailedError: the calculator cannot be made, fails, or returns numbers that are not finite.
+            LabelFailedError: the calculator cannot be made, fails, or returns numbers that are not finite or not one force an atom.
         """
-        from ase import Atoms
-
         started = time.perf_counter()
-        atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.periodic)
+        atoms = atoms_of(frame)
         try:
             if self._calculator is None:
                 self._calculator = self._made()
             atoms.calc = self._calculator
             energy, forces = float(atoms.get_potential_energy()), np.asarray(atoms.get_forces(), dtype=np.float64)
-            return Label(energy, forces, self.method, time.perf_counter() - started)
+            virial = self._virial(atoms) if frame.periodic else None
+            label = Label(energy, forces, self.method, time.perf_counter() - started, virial=virial)
         except BadFrameError as error:
             raise LabelFailedError(f"the calculator {self._path} returned {error}") from error
         except Exception as error:  # a foreign calculator may raise anything; here its errors become ours
+            self._calculator = None  # whatever state it is in, the next frame must not start from it
             raise LabelFailedError(f"the calculator {self._path} failed: {type(error).__name__}: {error}") from error
+        if len(label.forces) != len(frame):
+            raise LabelFailedError(f"the calculator {self._path} returned forces of {len(label.forces)} atoms for {len(frame)}")
+        return label
+
+    def _virial(self, atoms: Any) -> Array | None:
+        """W = -stress * volume, eV; None where the calculator has no stress."""
+        from ase.calculators.calculator import PropertyNotImplementedError
+
+        if "stress" not in getattr(self._calculator, "implemented_properties", ()):
+            return None
+        try:
+            return np.asarray(-atoms.get_volume() * atoms.get_stress(voigt=False), dtype=np.float64)
+        except PropertyNotImplementedError:
+            return None
 
     def _made(self) -> Any:
         module, _, name = self._path.partition(":")
         return getattr(importlib.import_module(module), name)(**self._options)
+
+
+def atoms_of(frame: Frame) -> Any:
+    """Return a frame as ASE's Atoms."""
+    from ase import Atoms
+
+    return Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.periodic)
+
+
+def said(options: Mapping[str, Any]) -> str:
+    """Return options as part of a method's name: in brackets and in order, or nothing.
+
+    >>> said({"method": "GFN1-xTB", "charge": 1})
+    '(charge=1, method=GFN1-xTB)'
+    """
+    return f"({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})" if options else ""

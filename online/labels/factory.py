@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any, get_type_hints
-from urllib.parse import parse_qsl
+from urllib.parse import unquote
 
 from tumbaga.online.errors import OnlineError
 from tumbaga.online.ports import Labeller
@@ -29,11 +31,14 @@ def make_labeller(method: str, /, **options: Any) -> Labeller:
     method                          options
     ==============================  ==============================================================================================
     ``pyscf``                       xc, basis, grid, conv_tol, max_memory, charge, max_cycle (see `PySCFLabeller`)
-    ``ase:MODULE:CLASS``            keyword arguments of the calculator class
-    ``test:lj|raise|hang|nan|exit``  on, delay, epsilon, offset, journal (see `ToyLabeller`); also as ``test:lj?delay=60&journal=x``
+    ``ase:MODULE:CLASS``            keyword arguments of the calculator class (see `AseLabeller`)
+    ``call:MODULE:FUNCTION``        keyword arguments of the function, and level, the name of the level of theory (see `CallLabeller`);
+    ``call:/PATH/FILE.py:FUNCTION``  the file is executed by the first label, in the process that labels
+    ``test:KIND``                   on, delay, epsilon, offset, journal (see `ToyLabeller`); KIND is lj, or a fault
     ==============================  ==============================================================================================
 
-    Options may be strings, as a command line has them. A child process calls this with the same arguments: they pickle.
+    Options may stand behind the method, as in ``pyscf?basis=def2-tzvp&grid=3`` (see `split_options`), and be strings, as a command line has them.
+    Nothing foreign is imported or executed here. A child process calls this with the same arguments.
 
     Raises:
         UnknownMethodError: no such method or option, or an option's value does not fit.
@@ -41,11 +46,12 @@ def make_labeller(method: str, /, **options: Any) -> Labeller:
     >>> make_labeller("pyscf", xc="pbe", grid="1").method
     'pyscf:pbe/def2-svp/grid1/df-jfit'
     """
-    name, _, rest = method.partition(":")
-    if method == "pyscf":
+    called, written = split_options(method)
+    name, _, rest = called.partition(":")
+    if called == "pyscf":
         from tumbaga.online.labels.pyscf_engine import PySCFLabeller
 
-        return PySCFLabeller(**_typed(method, PySCFLabeller, options))
+        return PySCFLabeller(**_typed(method, PySCFLabeller, written | options))
     if name == "ase":
         from tumbaga.online.labels.ase_engine import AseLabeller
 
@@ -55,20 +61,83 @@ def make_labeller(method: str, /, **options: Any) -> Labeller:
         package = module.partition(".")[0]
         if importlib.util.find_spec(package) is None:  # looks for the package, imports nothing
             raise UnknownMethodError(method, f"needs the package {package}, which is not installed here")
-        return AseLabeller(rest, options)
+        return AseLabeller(rest, _read(written) | options)
+    if name == "call":
+        return _calling(method, rest, _read(written) | options)
     if name == "test":
-        return _test_labeller(method, rest, options)
-    raise UnknownMethodError(method, "is not known; there are pyscf, ase:MODULE:CLASS, ipi:ADDRESS and test:KIND")
+        return _test_labeller(method, rest, written | options)
+    raise UnknownMethodError(method, "is not known; there are pyscf, ase:MODULE:CLASS, call:FILE:FUNCTION, ipi:ADDRESS and test:KIND")
+
+
+def split_options(method: str) -> tuple[str, dict[str, str]]:
+    """Return a method without the options that are written behind it, and these; ``%26`` stands for ``&``, as in addresses of the web.
+
+    Raises:
+        UnknownMethodError: what stands behind the question mark is not KEY=VALUE, with & between several.
+
+    >>> split_options("ase:tblite.ase:TBLite?method=GFN1-xTB&max_iterations=100")
+    ('ase:tblite.ase:TBLite', {'method': 'GFN1-xTB', 'max_iterations': '100'})
+    """
+    called, _, query = method.partition("?")
+    options = {}
+    for part in query.split("&") if query else ():
+        key, equals, value = part.partition("=")
+        if not (key and equals):
+            raise UnknownMethodError(method, f"has {part!r} where KEY=VALUE was expected, with & between several")
+        options[unquote(key)] = unquote(value)
+    return called, options
+
+
+def absolute_method(method: str) -> str:
+    """Return the same method for another working directory: the path of a file that is called becomes absolute.
+
+    >>> absolute_method("ase:ase.calculators.emt:EMT")
+    'ase:ase.calculators.emt:EMT'
+    """
+    file = _called_file(method.partition("?")[0].removeprefix("call:"))
+    return method.replace(str(file), str(file.absolute()), 1) if method.startswith("call:") and file else method
+
+
+def _called_file(rest: str) -> Path | None:
+    """The file of FILE.py:FUNCTION; None where a module is named."""
+    file = rest.rpartition(":")[0]
+    return Path(file) if file.endswith(".py") else None
+
+
+def _read(options: dict[str, str]) -> dict[str, Any]:
+    """Options for foreign code, whose types are not known: what is JSON (numbers, true, lists) is read as such, everything else is text."""
+    read: dict[str, Any] = {}
+    for key, text in options.items():
+        try:
+            read[key] = json.loads(text)
+        except ValueError:
+            read[key] = text
+    return read
+
+
+def _calling(method: str, rest: str, options: dict[str, Any]) -> Labeller:
+    from tumbaga.online.labels.call_engine import CallLabeller
+
+    where, _, function = rest.rpartition(":")
+    file = _called_file(rest)
+    if not (where and function.isidentifier()):
+        raise UnknownMethodError(method, "must be call:/PATH/FILE.py:FUNCTION or call:MODULE:FUNCTION")
+    if file is not None and not file.is_absolute():
+        raise UnknownMethodError(method, "must name its file with the whole path: labels are computed in other folders")
+    if file is not None and not file.is_file():
+        raise UnknownMethodError(method, f"needs the file {file}, which is not there")
+    if file is None and importlib.util.find_spec(where.partition(".")[0]) is None:
+        raise UnknownMethodError(method, f"needs the module {where}, which is not found; a file is named with its path and its .py")
+    return CallLabeller(where, function, options)
 
 
 def _test_labeller(method: str, rest: str, options: dict[str, Any]) -> Labeller:
     from tumbaga.online.labels.testing import Fault, ToyLabeller
 
-    kind, _, query = rest.partition("?")
     kinds = {fault.value: fault for fault in Fault}
-    if kind not in kinds:
+    if rest not in kinds:
         raise UnknownMethodError(method, f"is not known; of test: there are {', '.join(kinds)}")
-    return ToyLabeller(kinds[kind], **_typed(method, ToyLabeller, dict(parse_qsl(query)) | options, hidden=("fault",)))
+    return ToyLabeller(kinds[rest], **_typed(method, ToyLabeller, options, hidden=("fault",)))
 
 
 def _typed(method: str, record: type, options: dict[str, Any], hidden: tuple[str, ...] = ()) -> dict[str, Any]:

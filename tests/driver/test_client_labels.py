@@ -195,7 +195,7 @@ class Bench:
         self.run_dir, self.line, self.now = run_dir, Line(), 0.0
         self.said: list[tuple[str, str, dict[str, Any]]] = []
         self.pool = ClientPool(labeller.for_worker(0, 60.0), self.log, lambda: self.now)
-        self.worker = Worker(run_dir, "label-0", configs.Label(), self.line, self, self.pool)  # type: ignore[arg-type]
+        self.worker = Worker(run_dir, "label-0", self.pool, self.line, self)  # type: ignore[arg-type]
 
     def log(self, level: str, event: str, **detail: Any) -> None:
         self.said.append((level, event, detail))
@@ -224,7 +224,7 @@ class Bench:
 def bench(tmp_path: Path, labeller: ClientLabeller) -> Iterator[Bench]:
     made = Bench(tmp_path, labeller)
     yield made
-    made.worker.close()
+    made.pool.stop()
     os.close(made.worker.done_fd)
     os.close(made.worker._wake)
 
