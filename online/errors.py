@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class OnlineError(Exception):
     """Base of all errors of ``tumbaga.online``."""
@@ -57,6 +59,11 @@ class StoreFullError(StoreError):
     def __init__(self, path: str) -> None:
         super().__init__(path, "cannot be written: the disk is full")
         self.args = (path,)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether something could not be written because the disk, the user's quota or the largest allowed file is full."""
+    return isinstance(error, StoreFullError) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class VersionError(OnlineError):

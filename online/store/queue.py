@@ -80,9 +80,11 @@ class Queue(Frames):
             self._db.execute("UPDATE queue SET reason = ? WHERE frame = ? AND state = 'pending'", (Reason.STALLED.value, frame_id))
 
     def drop(self, frame_id: int, note: str) -> None:
-        """Take a waiting frame off the queue; it stays in the store with the reason."""
+        """Take a waiting frame off the queue, unless somebody asked for it (`retry`); it stays in the store with the reason."""
         with self._write():
-            self._db.execute("UPDATE queue SET state = 'dropped', note = ? WHERE frame = ? AND state = 'pending'", (note, frame_id))
+            self._db.execute(
+                "UPDATE queue SET state = 'dropped', note = ? WHERE frame = ? AND state = 'pending' AND strategy = ''", (note, frame_id)
+            )
 
     def set_priority(self, frame_id: int, priority: float) -> None:
         """Give a waiting frame its newest force uncertainty, eV/Å."""
