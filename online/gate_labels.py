@@ -1,0 +1,120 @@
+"""Checks of the gate against labels, real ones and those of the original potential. Knows no dynamics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tumbaga.online.accuracy import Judged, force_error, gain
+from tumbaga.online.gate_asking import Answer, Answers, Case
+from tumbaga.online.gate_records import Check, Limits, Number
+from tumbaga.online.records import Frame, Label, Prediction, Role
+
+
+class _Compared:
+    """Force errors of both versions on the same labels, eV/Å."""
+
+    def __init__(self, case: Case, answers: Sequence[Answer]) -> None:
+        known = case.evidence.labels
+        sound = [one for one in answers if one.serving.finite]  # where the serving version has no answer, nothing can be worse
+        self.before = [_judged(known[one.place].frame, known[one.place].label, one.serving) for one in sound]
+        self.after = [_judged(known[one.place].frame, known[one.place].label, one.candidate) for one in sound]
+        self.count = len(sound)
+        self.serving, self.candidate = force_error(self.before).rmse, force_error(self.after).rmse
+
+    def clearly_worse(self, limits: Limits) -> str:
+        """In words if it is, whatever chance there is in it; else empty."""
+        if not self.count or self.candidate <= self.serving + limits.negligible:
+            return ""
+        most = max(limits.clear_ratio, 1.0 + 2.0 * limits.scatter / math.sqrt(self.count))
+        return f"more than {most:.2f} times the serving version's" if self.candidate > most * self.serving else ""
+
+
+def audits(case: Case, answers: Answers) -> Check:
+    """Judge the force error on held-out labels, all and by class, against the serving version's.
+
+    Worse is what is clearly so, or significantly: of few labels only the former can be seen, and of none nothing; then the candidate must
+    at least have learnt something, that is, be no worse on the learnt labels than the original potential.
+    """
+    roles = [case.evidence.labels[one.place].role for one in answers.labels]
+    held = [one for one, role in zip(answers.labels, roles, strict=True) if role is Role.HOLDOUT]
+    learnt = [one for one, role in zip(answers.labels, roles, strict=True) if role is not Role.HOLDOUT]
+    found = _Compared(case, held)
+    numbers: dict[str, Number] = {"held_out": found.count, "rmse": found.candidate, "rmse_serving": found.serving}
+    after_learnt = _Compared(case, learnt)
+    numbers |= {"learnt": after_learnt.count, "rmse_learnt": after_learnt.candidate, "rmse_learnt_serving": after_learnt.serving}
+    if not found.count:
+        return _without(case, after_learnt, numbers)
+    problems, told = [found.clearly_worse(case.limits)], ""
+    if found.count >= case.limits.resampled_from:
+        change = gain(found.before, found.after, seed=case.limits.seed)
+        numbers |= {"change": change.value, "change_low": change.low, "change_high": change.high}
+        told = f", changed by {change.value:+.4f} ({change.low:+.4f} to {change.high:+.4f} with 95 % confidence)"
+        if change.low > max((case.limits.audit_ratio - 1.0) * found.serving, 0.0) and change.value > case.limits.negligible:
+            problems.append("significantly more than the serving version's")
+    for kind in sorted({kind for one in held for kind in case.evidence.labels[one.place].kinds}):
+        of_kind = _Compared(case, [one for one in held if kind in case.evidence.labels[one.place].kinds])
+        if case.limits.class_least <= of_kind.count < found.count and (worse := of_kind.clearly_worse(case.limits)):
+            problems.append(f"on the {of_kind.count} of class {kind} {of_kind.candidate:.3f}, {worse}")
+    what = f"force error {found.candidate:.4f} eV/Å on {found.count} held-out labels, {found.serving:.4f} by the serving version{told}"
+    problems = [one for one in problems if one]
+    return Check("audits", not problems, numbers, "; ".join([what, *problems]))
+
+
+def _without(case: Case, learnt: _Compared, numbers: dict[str, Number]) -> Check:
+    """The check where no label was held out."""
+    told = "no label was held out, so whether it is better than the serving version could not be judged"
+    if not learnt.count:
+        return Check("audits", True, numbers, told)
+    said = case.original.all_of([one.frame for one in learnt.after])
+    before = force_error([_judged(one.frame, one.label, by) for one, by in zip(learnt.after, said, strict=True)]).rmse
+    worse = learnt.candidate > before + case.limits.negligible
+    what = f"force error {learnt.candidate:.4f} eV/Å on {learnt.count} learnt labels, {before:.4f} by the original potential"
+    return Check("audits", not worse, {**numbers, "rmse_learnt_original": before}, f"{told}; {what}")
+
+
+def replay(case: Case, answers: Answers) -> Check:
+    """Judge how far forces have gone from those of the original potential on frames that are to be remembered."""
+    sound = [one for one in answers.replay if one.serving.finite]
+    if not sound:
+        return Check("replay", True, {"frames": 0}, "there are no replay frames, so what has been forgotten could not be judged")
+    held = [case.evidence.replay[one.place] for one in sound]
+    masks = [np.linalg.norm(one.label.forces, axis=1) <= case.limits.drift_force for one in held]
+    candidate, serving = (
+        force_error([_judged(one.frame, one.label, by) for one, by in zip(held, said, strict=True)], masks)
+        for said in ([one.candidate for one in sound], [one.serving for one in sound])
+    )
+    learnt = _to_learn(case)
+    allowed = [case.limits.drift_ratio * serving.rmse, serving.rmse + case.limits.drift_extra, case.limits.drift_share * learnt]
+    limit = max(one for one in allowed if math.isfinite(one)) if candidate.atoms else math.inf
+    passed = not candidate.rmse > limit
+    told = f"{candidate.rmse:.3f} eV/Å from the original potential on {len(sound)} replay frames, {limit:.3f} is borne"
+    numbers = {"frames": len(sound), "given": len(case.evidence.replay), "atoms": candidate.atoms, "rmse": candidate.rmse}
+    return Check("replay", passed, {**numbers, "rmse_serving": serving.rmse, "to_learn": learnt, "limit": limit}, told)
+
+
+def calibration(case: Case) -> Check:
+    """Judge how many predicted standard deviations cover the errors of most labels: too many mean that the uncertainty says nothing."""
+    ratios = sorted(float(one) for one in case.evidence.ratios)
+    if not ratios:
+        return Check("calibration", True, {"labels": 0}, "no label has a predicted uncertainty, so that could not be judged")
+    # the rank of conformal prediction: of n + 1 errors, of which one is yet to come, so many are covered
+    rank = min(math.ceil(case.limits.covered * (len(ratios) + 1)), len(ratios))
+    multiplier = ratios[rank - 1] if all(math.isfinite(one) for one in ratios) else math.inf
+    numbers = {"labels": len(ratios), "multiplier": multiplier, "limit": case.limits.multiplier}
+    told = f"{multiplier:.2f} standard deviations cover the errors of {rank} of {len(ratios)} labels, at most {case.limits.multiplier:g} are borne"
+    return Check("calibration", multiplier <= case.limits.multiplier, numbers, told)
+
+
+def _judged(frame: Frame, label: Label, said: Prediction) -> Judged:
+    return Judged(frame, label, said.energy, said.forces)
+
+
+def _to_learn(case: Case) -> float:
+    """Force error of the original potential on the labels, the median of theirs, eV/Å; nan without labels."""
+    labels = case.evidence.labels
+    said = case.original.all_of([one.frame for one in labels], case.until(0.1))
+    errors = [force_error([_judged(one.frame, one.label, by)]).rmse for one, by in zip(labels, said, strict=False) if by.finite]
+    return float(np.median(errors)) if errors else math.nan
