@@ -30,7 +30,7 @@ def make_labeller(method: str, /, **options: Any) -> Labeller:
     ==============================  ==============================================================================================
     method                          options
     ==============================  ==============================================================================================
-    ``pyscf``                       xc, basis, grid, conv_tol, max_memory, charge, max_cycle (see `PySCFLabeller`)
+    ``pyscf``                       xc, basis, grid, conv_tol, max_memory, charge, max_cycle, spin, ecp, disp, densities, gpu (see `PySCFLabeller`)
     ``ase:MODULE:CLASS``            keyword arguments of the calculator class (see `AseLabeller`)
     ``call:MODULE:FUNCTION``        keyword arguments of the function, and level, the name of the level of theory (see `CallLabeller`);
     ``call:/PATH/FILE.py:FUNCTION``  the file is executed by the first label, in the process that labels
@@ -51,7 +51,12 @@ def make_labeller(method: str, /, **options: Any) -> Labeller:
     if called == "pyscf":
         from tumbaga.online.labels.pyscf_engine import PySCFLabeller
 
-        return PySCFLabeller(**_typed(method, PySCFLabeller, written | options))
+        try:
+            return PySCFLabeller(**_typed(method, PySCFLabeller, written | options))
+        except UnknownMethodError:
+            raise
+        except ValueError as error:
+            raise UnknownMethodError(method, str(error)) from error
     if name == "ase":
         from tumbaga.online.labels.ase_engine import AseLabeller
 

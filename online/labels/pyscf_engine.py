@@ -1,76 +1,53 @@
-"""Labels by PySCF: Kohn-Sham DFT with density fitting for isolated clusters. The only file of the program that knows PySCF.
+"""Labels by PySCF: Kohn-Sham DFT with density fitting for isolated clusters.
 
-What is measured rather than assumed: the `atom` guess needs a third fewer cycles than PySCF's default; PySCF does not raise when the SCF
-fails to converge, so `converged` is asked for at every rung; the response of the integration grid belongs into the gradient, or molecules
-feel a net force.
+Its parts: `pyscf_ladder` gets the SCF to converge, `pyscf_start` keeps densities to start from, `pyscf_checks` says what is a label,
+`dispersion` adds D3 or D4, `pyscf_gpu` runs on a graphics card. The response of the integration grid belongs into the gradient, or
+molecules feel a net force.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tumbaga.online.errors import LabelFailedError
-from tumbaga.online.labels import geometry_gate
+from tumbaga.online.labels import dispersion, geometry_gate, pyscf_checks, pyscf_gpu, pyscf_start
+from tumbaga.online.labels.pyscf_ladder import ATOM, HARTREE, WARM, Rung, Solution, climb, quiet
 from tumbaga.online.records import Array, Frame, Label
 
-MAX_FORCE = 30.0  # eV/Å: beyond it a label teaches the repulsive wall and nothing else
-NET_FORCE = 0.01  # eV/Å times sqrt(n_atoms)
 FITTING = "def2-universal-jfit"
-_FIRST_ECP = 37  # def2 sets have all electrons up to krypton, effective cores from rubidium on
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One attempt at a converged SCF: the initial guess, how many cycles at most, and a level shift (Hartree)."""
-
-    guess: str
-    cycles: int
-    level_shift: float = 0.0
-
-    def __str__(self) -> str:
-        return self.guess + (f"+shift{self.level_shift:g}" if self.level_shift else "")
-
-
-LADDER = (Rung("atom", 40), Rung("minao", 40), Rung("atom", 60, level_shift=0.1))
-"""Each guess converges frames on which the other fails; the level shift comes last, being the slowest."""
-
-
-@dataclass
-class _Trace:
-    """Energies (Hartree) of the cycles of one attempt, collected by the SCF's callback."""
-
-    energies: list[float] = field(default_factory=list)
-
-    def __call__(self, local: dict[str, Any]) -> None:
-        self.energies.append(float(local["e_tot"]))
-
-    @property
-    def last_change(self) -> float:
-        return abs(self.energies[-1] - self.energies[-2]) if len(self.energies) > 1 else float("nan")
+LOW = "low"
+_SODIUM, _RUBIDIUM = 11, 37  # the first elements with an effective core: of the lanl sets, of the def2 ones
+_SAME = 1e-6  # Hartree: two SCFs nearer than this are the same solution
+_CHECK = (Rung(ATOM, 40),)
 
 
 @dataclass(frozen=True)
 class PySCFLabeller:
-    """Kohn-Sham energies and forces of isolated clusters; low spin: a singlet, or a doublet for an odd number of electrons.
+    """Kohn-Sham energies and forces of isolated clusters: restricted where no electron is unpaired, unrestricted else.
 
     Attributes:
         xc: functional, as PySCF names it.
-        basis: orbital basis; elements from rubidium on get the effective core potential of the same name.
+        basis: orbital basis.
         grid: PySCF's integration grid level.
         conv_tol: SCF convergence, Hartree.
         max_memory: MB, advisory to PySCF.
         charge: of the whole cluster, e.
         max_cycle: upper limit of the cycles of every rung; None leaves the ladder's own.
+        spin: unpaired electrons, 2S, of every frame; "low" takes none or, for an odd number of electrons, one.
+        ecp: effective core potential of the elements from sodium on; "" takes the one that belongs to the basis: def2 sets have one from
+            rubidium on, lanl sets from sodium on; "none" keeps all electrons.
+        disp: "", "d3bj" or "d4": dispersion added to energy and forces.
+        densities: how many of the last frames may serve for a warm start; 0 begins every SCF cold.
+        gpu: "auto" computes on a graphics card where there is one and gpu4pyscf, "never" does not.
 
-    Set OMP_NUM_THREADS before PySCF is first imported; nothing is imported before the first label.
+    Set OMP_NUM_THREADS before PySCF is first imported; nothing is imported before the first label. Keeps the densities of its last labels.
+
+    Raises:
+        ValueError: an option has a value that does not exist, or needs a package that is not installed.
     """
 
     xc: str = "pbe"
@@ -80,23 +57,46 @@ class PySCFLabeller:
     max_memory: float = 2000.0
     charge: int = 0
     max_cycle: int | None = None
+    spin: str = LOW
+    ecp: str = ""
+    disp: str = ""
+    densities: int = 16
+    gpu: str = "auto"
+    _known: pyscf_start.Densities = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spin", str(self.spin))
+        object.__setattr__(self, "_known", pyscf_start.Densities(self.densities))
+        if self.spin != LOW and not self.spin.isdecimal():
+            raise ValueError(f"cannot read spin = {self.spin!r}; it is {LOW} or the number of unpaired electrons, such as 0, 1 or 2")
+        if self.gpu not in ("auto", "never"):
+            raise ValueError(f"cannot read gpu = {self.gpu!r}; it is auto or never")
+        if self.disp and (reason := dispersion.problem(self.disp)):
+            raise ValueError(reason)
 
     @property
     def method(self) -> str:
         """Identifies the level of theory, e.g. "pyscf:pbe/def2-svp/grid2/df-jfit"; versions stand in each label's details."""
-        charge = f"/charge{self.charge:+d}" if self.charge else ""
-        return f"pyscf:{self.xc}/{self.basis}/grid{self.grid}/df-jfit{charge}"
+        functional = self.xc + (f"-{self.disp}" if self.disp else "")
+        core = self.ecp or (self.basis if self._first_core == _SODIUM else "")  # def2's own needs no name
+        said = (
+            f"ecp-{core}" if core else "",
+            "" if self.spin == LOW else f"spin{self.spin}",
+            f"charge{self.charge:+d}" if self.charge else "",
+        )
+        return "/".join(["pyscf:" + functional, self.basis, f"grid{self.grid}", "df-jfit", *filter(None, said)])
 
     def label(self, frame: Frame) -> Label:
         """Compute energy and forces of one cluster.
 
         Returns:
-            Total energy in eV (about -5e4 for each copper atom) and forces in eV/Å. Details: cycles, rung, spin (2S), s2, nao,
-            converged, gap (eV), net_force (eV/Å), versions.
+            Total energy in eV (about -5e4 for each copper atom) and forces in eV/Å. Details: converged, rung, cycles, scf (every attempt),
+            start (warm or cold, from how far, and whether checked), spin (2S), s2, s2_excess, nao, gap (eV), net_force (eV/Å),
+            net_torque (eV), dispersion (eV), warnings, xc, basis, versions, peak_memory_mb (of the process).
 
         Raises:
-            LabelFailedError: the frame is periodic, fails the geometry gate, the SCF does not converge on any rung, or the forces are
-                not finite, too large or do not add up to zero.
+            LabelFailedError: the frame is periodic, fails the geometry gate, cannot have this spin, the SCF does not converge on any rung or
+                only with smearing, spins mix, or the forces are not finite, too large or do not add up to zero.
         """
         started = time.perf_counter()
         if frame.periodic:
@@ -104,24 +104,36 @@ class PySCFLabeller:
         reason = geometry_gate.problem(frame)
         if reason is not None:
             raise LabelFailedError(f"the geometry is refused before any DFT: {reason}")
-        with _quiet():
+        with quiet():
             molecule = self._molecule(frame)
-            field_, rung, trace = self._converge(molecule)
-            energy, forces = _energy_and_forces(field_)
-        net = _checked_net_force(forces)
-        details = _details(field_) | {"rung": str(rung), "cycles": len(trace.energies), "net_force": net}
+            found, start = self._solved(frame, molecule)
+            checked = pyscf_checks.check_spin(found.solution.field) | pyscf_checks.check_forces(frame, found.forces)
+            self._keep(frame, found, start)
+            details = self._facts(found, start) | checked
+        energy, forces = found.energy, found.forces
+        if self.disp:
+            added, pushes, package = dispersion.correction(self.disp, self.xc, frame, self.charge)
+            energy, forces = energy + added, forces + pushes
+            details |= {"dispersion": added, "versions": details["versions"] | {self.disp: package}}
         return Label(energy, forces, self.method, time.perf_counter() - started, details)
+
+    # -- the molecule --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _first_core(self) -> int:
+        """The first element with an effective core."""
+        return _SODIUM if self.ecp or self.basis.lower().startswith("lanl") else _RUBIDIUM
 
     def _molecule(self, frame: Frame) -> Any:
         from pyscf import gto
 
-        heavy = {gto.mole._symbol(int(z)): self.basis for z in set(frame.numbers.tolist()) if z >= _FIRST_ECP}
-        electrons = int(frame.numbers.sum()) - self.charge
+        numbers = [] if self.ecp == "none" else sorted(set(frame.numbers.tolist()))
+        cores = {gto.mole._symbol(z): self.ecp or self.basis for z in numbers if z >= self._first_core}
         molecule = gto.Mole()
         molecule.atom = [(int(z), tuple(position)) for z, position in zip(frame.numbers, frame.positions.tolist(), strict=True)]
         molecule.unit = "Angstrom"
-        molecule.basis, molecule.ecp = self.basis, heavy
-        molecule.charge, molecule.spin = self.charge, electrons % 2
+        molecule.basis, molecule.ecp = self.basis, cores
+        molecule.charge, molecule.spin = self.charge, self._unpaired(int(frame.numbers.sum()) - self.charge)
         molecule.max_memory, molecule.verbose = self.max_memory, 0
         try:
             # dump_input would print; parse_arg would read our own command line
@@ -129,79 +141,122 @@ class PySCFLabeller:
         except (KeyError, RuntimeError, ValueError) as error:
             raise LabelFailedError(f"PySCF cannot set up this molecule with basis {self.basis}: {error}") from error
 
-    def _converge(self, molecule: Any) -> tuple[Any, Rung, _Trace]:
-        tried = []
-        for rung in LADDER:
-            attempt, trace = self._attempt(molecule, rung)
-            if attempt.converged and np.isfinite(attempt.e_tot):
-                return attempt, rung, trace
-            tried.append(f"{rung}: {len(trace.energies)} cycles, last |dE| {trace.last_change:.1e} Ha")
-        raise LabelFailedError("the SCF did not converge (" + "; ".join(tried) + ")")
+    def _unpaired(self, electrons: int) -> int:
+        if self.spin == LOW:
+            return electrons % 2
+        unpaired = int(self.spin)
+        if (electrons - unpaired) % 2 or unpaired > electrons:
+            raise LabelFailedError(
+                f"spin = {unpaired} cannot be: of {electrons} electrons an {'odd' if electrons % 2 else 'even'} number is unpaired; "
+                f"use spin = {LOW}, or another charge than {self.charge}"
+            )
+        return unpaired
 
-    def _attempt(self, molecule: Any, rung: Rung) -> tuple[Any, _Trace]:
+    def _made(self, molecule: Any) -> Any:
         from pyscf import dft
 
-        attempt = (dft.UKS if molecule.spin else dft.RKS)(molecule, xc=self.xc).density_fit(auxbasis=FITTING)
-        attempt.grids.level = self.grid
-        attempt.conv_tol = self.conv_tol
-        attempt.max_cycle = rung.cycles if self.max_cycle is None else min(rung.cycles, self.max_cycle)
-        attempt.init_guess, attempt.level_shift = rung.guess, rung.level_shift
-        attempt.chkfile = None  # nothing to leave behind when the worker is killed
-        attempt.callback = trace = _Trace()
-        # a singular overlap or an SCF gone astray ends in one of these; all mean that this attempt has no result
-        with contextlib.suppress(np.linalg.LinAlgError, FloatingPointError, ZeroDivisionError):
-            attempt.kernel()
-        return attempt, trace
+        made = (dft.UKS if molecule.spin else dft.RKS)(molecule, xc=self.xc).density_fit(auxbasis=FITTING)
+        made.grids.level, made.conv_tol = self.grid, self.conv_tol
+        made.chkfile = None  # nothing to leave behind when the worker is killed
+        return made
+
+    # -- from the molecule to energy and forces -------------------------------------------------------------------------------------
+
+    def _solved(self, frame: Frame, molecule: Any) -> tuple[_Found, _Start]:
+        """Solve, from a near density if there is one, and check cold what came of a warm start and is in doubt."""
+        near, warm = self._known.nearest(frame), None
+        if near is not None:
+            warm = pyscf_start.transported(near[0].density, molecule.intor("int1e_ovlp"))
+        found = self._run(molecule, warm)
+        if near is None or found.solution.history[-1].rung != WARM:
+            return found, _Start()
+        known, distance = near
+        doubt = pyscf_start.doubt(known, frame, found.energy, found.forces, found.solution.history[-1].gap)
+        if doubt is None:
+            return found, _Start(distance, known.chain + 1)
+        return self._checked(molecule, frame, found, _Start(distance, known.chain + 1, doubt))
+
+    def _checked(self, molecule: Any, frame: Frame, found: _Found, start: _Start) -> tuple[_Found, _Start]:
+        """Solve cold as well; the lower energy is the label's."""
+        try:
+            cold = climb(lambda: self._made(molecule), None, self.max_cycle, _CHECK, self._on_gpu)
+        except LabelFailedError:
+            return found, start.after("the cold SCF does not converge", start.chain)
+        lower = float(found.solution.field.e_tot) - float(cold.field.e_tot)
+        if lower <= _SAME:
+            return found, start.after("the same" if lower >= -_SAME else f"the cold SCF ends {-lower * HARTREE:.3f} eV higher", 0)
+        self._known.forget(frame)
+        outcome = f"the cold SCF ends {lower * HARTREE:.3f} eV lower and is taken; warm starts of these atoms begin anew"
+        return self._differentiated(Solution(cold.field, (*found.solution.history, *cold.history))), start.after(outcome, 0)
+
+    def _run(self, molecule: Any, warm: Array | None) -> _Found:
+        return self._differentiated(climb(lambda: self._made(molecule), warm, self.max_cycle, gpu=self._on_gpu))
+
+    def _differentiated(self, solution: Solution) -> _Found:
+        from pyscf.data import nist
+
+        gradient = pyscf_gpu.gradient(solution.field, self._on_gpu)
+        gradient.grid_response = True
+        forces = -np.asarray(gradient.kernel(), dtype=np.float64) * (nist.HARTREE2EV / nist.BOHR)
+        return _Found(solution, float(solution.field.e_tot) * float(nist.HARTREE2EV), forces)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.gpu == "auto" and pyscf_gpu.found()
+
+    # -- what is kept ---------------------------------------------------------------------------------------------------------------
+
+    def _keep(self, frame: Frame, found: _Found, start: _Start) -> None:
+        if not self.densities:
+            return
+        done = found.solution.field
+        density = pyscf_start.orthogonalised(np.asarray(done.make_rdm1()), done.mol.intor("int1e_ovlp"))
+        self._known.add(pyscf_start.Known(frame, density, found.energy, found.forces, found.solution.history[-1].gap, start.chain))
+
+    def _facts(self, found: _Found, start: _Start) -> dict[str, Any]:
+        done, last = found.solution.field, found.solution.history[-1]
+        return {
+            "converged": bool(done.converged),
+            "rung": last.rung,
+            "cycles": last.cycles,
+            "scf": found.solution.told,
+            "start": start.told,
+            "spin": int(done.mol.spin),
+            "nao": int(done.mol.nao),
+            "gap": last.gap,
+            "warnings": pyscf_checks.warnings_of(last.gap),
+            "xc": self.xc,
+            "basis": self.basis,
+            "versions": pyscf_checks.versions(),
+            "peak_memory_mb": pyscf_checks.peak_memory_mb(),
+            **({"gpu": True} if self._on_gpu else {}),
+        }
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep PySCF's own deprecations and overflow notes out of the worker's output: what they lead to is checked on the numbers."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.filterwarnings("ignore", module=r"pyscf(\..*)?")
-        yield
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A converged SCF with its energy (eV) and forces (n_atoms, 3), eV/Å, both of the density functional alone."""
+
+    solution: Solution
+    energy: float
+    forces: Array
 
 
-def _energy_and_forces(converged: Any) -> tuple[float, Array]:
-    from pyscf.data import nist
+@dataclass(frozen=True)
+class _Start:
+    """How an SCF began: warm from a frame at a distance (Å, rms) or cold, warm starts in a row, why and how it was checked."""
 
-    gradient = converged.nuc_grad_method()
-    gradient.grid_response = True
-    forces = -np.asarray(gradient.kernel(), dtype=np.float64) * (nist.HARTREE2EV / nist.BOHR)
-    return float(converged.e_tot) * float(nist.HARTREE2EV), forces
+    distance: float | None = None
+    chain: int = 0
+    doubt: str = ""
+    outcome: str = ""
 
+    def after(self, outcome: str, chain: int) -> _Start:
+        return _Start(self.distance, chain, self.doubt, outcome)
 
-def _checked_net_force(forces: Array) -> float:
-    if not np.isfinite(forces).all():
-        raise LabelFailedError("a force of the label is not finite")
-    largest = float(np.linalg.norm(forces, axis=1).max())
-    if largest > MAX_FORCE:
-        raise LabelFailedError(f"the largest force of the label is {largest:.1f} eV/Å; beyond {MAX_FORCE:.0f} nothing is to be learnt")
-    net = float(np.linalg.norm(forces.sum(axis=0)))
-    if net > NET_FORCE * np.sqrt(len(forces)):
-        raise LabelFailedError(f"the forces of the label add up to {net:.3f} eV/Å instead of zero")
-    return net
-
-
-def _details(converged: Any) -> dict[str, Any]:
-    molecule = converged.mol
-    details: dict[str, Any] = {
-        "converged": bool(converged.converged),
-        "spin": int(molecule.spin),
-        "nao": int(molecule.nao),
-        "gap": _gap(converged),
-        "versions": {"pyscf": importlib.metadata.version("pyscf")},
-    }
-    if molecule.spin:
-        details["s2"] = float(converged.spin_square()[0])
-    return details
-
-
-def _gap(converged: Any) -> float | None:
-    """The lowest empty minus the highest occupied orbital energy over both spins, eV; None if there is no empty or no filled one."""
-    from pyscf.data import nist
-
-    energies, filled = np.ravel(converged.mo_energy), np.ravel(converged.mo_occ) > 0
-    if filled.all() or not filled.any():
-        return None
-    return float((energies[~filled].min() - energies[filled].max()) * nist.HARTREE2EV)
+    @property
+    def told(self) -> dict[str, Any]:
+        if self.distance is None:
+            return {"kind": "cold"}
+        checked = {"doubt": self.doubt, "cold": self.outcome} if self.doubt else {}
+        return {"kind": "warm", "rms": self.distance, "chain": self.chain} | checked

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tumbaga.online.errors import BadFrameError, LabelFailedError
-from tumbaga.online.labels import geometry_gate
+from tumbaga.online.labels import geometry_gate, pyscf_ladder
 from tumbaga.online.labels.factory import UnknownMethodError, make_labeller
 from tumbaga.online.labels.pyscf_engine import PySCFLabeller
 from tumbaga.online.labels.testing import EXIT_CODE, read_journal
@@ -80,15 +81,16 @@ def test_no_label_without_convergence() -> None:
 @pytest.mark.slow
 def test_later_rungs_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the first attempt fails the next one's result is taken, and the label says so."""
-    attempt = PySCFLabeller._attempt
+    run = pyscf_ladder._run
 
-    def spoil(self, molecule, rung):  # type: ignore[no-untyped-def]
-        field, trace = attempt(self, molecule, rung)
-        field.converged = field.converged and rung.guess != "atom"
-        return field, trace
+    def spoil(made, rung, start, limit, gpu):  # type: ignore[no-untyped-def]
+        done, attempt = run(made, rung, start, limit, gpu)
+        return done, replace(attempt, converged=attempt.converged and rung.start != "atom")
 
-    monkeypatch.setattr(PySCFLabeller, "_attempt", spoil)
-    assert PySCFLabeller(grid=1).label(WATER).details["rung"] == "minao"
+    monkeypatch.setattr(pyscf_ladder, "_run", spoil)
+    label = PySCFLabeller(grid=1).label(WATER)
+    assert label.details["rung"] == "minao"
+    assert [(one["rung"], one["converged"]) for one in label.details["scf"]] == [("atom", False), ("minao", True)]
 
 
 def test_pyscf_refuses_what_it_cannot_do() -> None:
