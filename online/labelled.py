@@ -41,6 +41,26 @@ class Labelled:
         return residual if change is None else residual - (self.rows @ change).reshape(-1, 3)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What a fit that does not know a label makes of it.
+
+    Attributes:
+        force: error of its forces, component RMSE, eV/Å.
+        spread: the error that the fit expected, component RMS, eV/Å.
+        energy: the label minus the fit, offsets of the species included, eV; nan where energies are left out of the fit.
+    """
+
+    force: float
+    spread: float
+    energy: float
+
+    @property
+    def ratio(self) -> float:
+        """Error over expected error."""
+        return self.force / self.spread
+
+
 def labelled(model: ForceRows, frame: Frame, label: Label, base: Array, elements: Sequence[int]) -> Labelled:
     """Join a frame's linear model, its label and the base readout.
 

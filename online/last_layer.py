@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from tumbaga.online.errors import UpdateRefusedError
-from tumbaga.online.labelled import Labelled, force_rmse, labelled, largest_residual, mean_row_norm2
+from tumbaga.online.labelled import Labelled, LeftOut, force_rmse, labelled, largest_residual, mean_row_norm2
 from tumbaga.online.records import Array
 
 __all__ = [
     "Fit",
     "Labelled",
+    "LeftOut",
     "Settings",
     "Verdict",
     "accept",
@@ -32,6 +33,7 @@ __all__ = [
     "force_rmse",
     "labelled",
     "largest_residual",
+    "left_out",
     "mean_row_norm2",
     "trust_region",
 ]
@@ -89,6 +91,8 @@ class Fit:
         loo_rmse: leave-one-label-out force error, component RMSE, eV/Å; nan without labels.
         log_evidence: ln p(labels), whitened units; 0 without labels. For the record: it prefers too little noise, so it does not choose.
         n_labels: how many labels were used.
+        noise: of a force component, what the readout cannot express included, eV/Å.
+        left_out: for each label, what the fit to all others makes of it.
     """
 
     base: Array
@@ -101,6 +105,8 @@ class Fit:
     loo_rmse: float
     log_evidence: float
     n_labels: int
+    noise: float
+    left_out: tuple[LeftOut, ...]
 
     @property
     def readout(self) -> Array:
@@ -149,7 +155,7 @@ def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = Non
     prior = scale / settings.prior_force**2
     if not labels:
         identity = np.eye(base.size)
-        return Fit(base, np.zeros(base.size), np.zeros(0), prior * identity, identity / prior, prior, 1.0, math.nan, 0.0, 0)
+        return Fit(base, np.zeros(base.size), np.zeros(0), prior * identity, identity / prior, prior, 1.0, math.nan, 0.0, 0, settings.sigma_force, ())
     shift = _offset_estimate(labels)
     equations = _Equations.of(labels, shift, prior, settings)
     factors = settings.noise_factors if len(labels) >= settings.choose_from else (settings.first_factor,)
@@ -168,7 +174,17 @@ def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = Non
         loo_rmse=best.loo_rmse,
         log_evidence=best.log_evidence,
         n_labels=len(labels),
+        noise=settings.sigma_force * math.sqrt(best.factor),
+        left_out=best.left_out,
     )
+
+
+def left_out(one: Labelled, fitted: Fit) -> LeftOut:
+    """Return what a fit makes of a label that it does not know; energies mean something only if it knows labels of this composition."""
+    missed = one.residual(fitted.delta)
+    variance = float(np.einsum("ij,ij->", one.rows @ fitted.covariance, one.rows)) / missed.size
+    energy = one.energy_label - one.energy_base - float(one.phi @ fitted.delta) - float(one.composition @ fitted.offsets)
+    return LeftOut(math.sqrt(float((missed**2).mean())), math.sqrt(max(variance, 0.0) + fitted.noise**2), energy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +193,7 @@ class _Solution:
     theta: Array
     precision: Array
     covariance: Array
+    left_out: tuple[LeftOut, ...]
     loo_rmse: float
     log_evidence: float
 
@@ -190,7 +207,7 @@ class _Equations:
     prior: Array  # diagonal
     gram: Array
     moment: Array
-    sigma_force: float
+    settings: Settings
 
     @classmethod
     def of(cls, labels: Sequence[Labelled], shift: Array, prior: float, settings: Settings) -> _Equations:
@@ -199,7 +216,7 @@ class _Equations:
         diagonal = np.concatenate([np.full(n_columns, prior), np.full(n_species, settings.prior_offset**-2)])
         gram = sum((block.T @ block for block in blocks), np.zeros((diagonal.size, diagonal.size)))
         moment = sum((block.T @ target for block, target in zip(blocks, targets, strict=True)), np.zeros(diagonal.size))
-        return cls(blocks, targets, diagonal, gram, moment, settings.sigma_force)
+        return cls(blocks, targets, diagonal, gram, moment, settings)
 
     def solve(self, factor: float) -> _Solution:
         precision: Array = self.gram / factor
@@ -217,7 +234,10 @@ class _Equations:
         if not np.isfinite(theta).all():
             raise UpdateRefusedError("the update is not finite")
         evidence = self._log_evidence(factor, 2 * float(np.log(np.diag(lower)).sum()), theta)
-        return _Solution(factor, theta, precision, covariance, self._loo_rmse(factor, theta, covariance), evidence)
+        left_out = self._left_out(factor, theta, covariance)
+        sizes = [target.size - 1 for target in self.targets]
+        rmse = math.sqrt(sum(size * one.force**2 for size, one in zip(sizes, left_out, strict=True)) / sum(sizes))
+        return _Solution(factor, theta, precision, covariance, left_out, rmse, evidence)
 
     def _slope(self, factor: float, theta: Array) -> Array:
         slope = -self.prior * theta
@@ -225,14 +245,19 @@ class _Equations:
             slope += block.T @ (target - block @ theta) / factor
         return slope
 
-    def _loo_rmse(self, factor: float, theta: Array, covariance: Array) -> float:
-        """Error of each label's forces had it not been used: r_(-j) = (1 - K_j)^-1 r_j with K_j = X_j C X_j^T / factor; exact."""
-        total, count = 0.0, 0
+    def _left_out(self, factor: float, theta: Array, covariance: Array) -> tuple[LeftOut, ...]:
+        """Errors of each label had it not been used: r_(-j) = (1 - K_j)^-1 r_j with K_j = X_j C X_j^T / factor; exact. The same inverse times
+        the noise is the covariance of those errors."""
+        found, force, energy = [], self.settings.sigma_force, self.settings.sigma_energy
         for block, target in zip(self.blocks, self.targets, strict=True):
-            leverage = block @ covariance @ block.T / factor
-            left_out = np.linalg.solve(np.eye(len(block)) - leverage, target - block @ theta)[:-1]  # the last row is the energy
-            total, count = total + float(left_out @ left_out), count + left_out.size
-        return self.sigma_force * math.sqrt(total / count)
+            inverse = np.linalg.inv(np.eye(len(block)) - block @ covariance @ block.T / factor)
+            missed = inverse @ (target - block @ theta)
+            n_rows = target.size - 1  # the last row is the energy per atom
+            spread = math.sqrt(factor * float(np.diag(inverse)[:-1].mean()))
+            size = math.sqrt(float(missed[:-1] @ missed[:-1]) / n_rows)
+            off = float(missed[-1]) * energy * n_rows / 3 if math.isfinite(energy) else math.nan
+            found.append(LeftOut(force * size, force * spread, off))
+        return tuple(found)
 
     def _log_evidence(self, factor: float, log_det: float, theta: Array) -> float:
         n_rows = sum(target.size for target in self.targets)
