@@ -129,7 +129,7 @@ def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log) -> P
     if chosen.cluster:
         from tumbaga.driver.label_dask import DaskPool
 
-        return DaskPool(chosen.cluster, terms, chosen.workers, log)
+        return DaskPool(chosen.cluster, terms, chosen.workers, str(run_dir), log)
     return LocalPool(msgspec.structs.replace(terms, cores=devices.for_labels(settings)), prefix_of(run_dir, name), log)
 
 
