@@ -122,11 +122,17 @@ class Learn(_Section, frozen=True):
         enabled: off means serve only: no labels, no updates.
         ramp_steps: force calls over which a session moves to a new version.
         ramp_pause: force calls between the end of a ramp and the start of the next.
+        finetune_every: new training labels after which all weights are trained in the background; 0 for never.
+        finetune_frozen: groups of parameters that stay as they are then, such as "embedding" or "interactions.0" (see docs/transfer.md).
+        finetune_device: "cpu", or "cuda" to train on a GPU, beside the force calls.
     """
 
     enabled: bool = True
     ramp_steps: int = 200
     ramp_pause: int = 500
+    finetune_every: int = 8
+    finetune_frozen: tuple[str, ...] = ()
+    finetune_device: str = "cpu"
 
 
 class Policy(_Section, frozen=True):
@@ -187,6 +193,7 @@ class Config(_Section, frozen=True):
             ("label.attempts", self.label.attempts, 1),
             ("learn.ramp_steps", self.learn.ramp_steps, 1),
             ("learn.ramp_pause", self.learn.ramp_pause, 0),
+            ("learn.finetune_every", self.learn.finetune_every, 0),
             ("serve.max_refusals", self.serve.max_refusals, 1),
             ("serve.connections", self.serve.connections, 1),
             ("serve.window_ms", self.serve.window_ms, 0),

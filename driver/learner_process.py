@@ -16,10 +16,11 @@ import numpy as np
 import zmq
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import process
+from tumbaga.driver import learner_finetune, process
 from tumbaga.driver.backends import registry
 from tumbaga.driver.client_labels import make_labeller
 from tumbaga.driver.errors import PotentialError
+from tumbaga.driver.learner_finetune import Candidate, FineTunes
 from tumbaga.driver.rollout import read_serving
 from tumbaga.online import selection, spool, versions
 from tumbaga.online.errors import VersionError
@@ -52,7 +53,10 @@ class LearnerProcess:
         self._store = Store(run_dir / FILE)
         limits = selection.Limits(settings.flag.force_error, settings.label.budget)
         method = make_labeller(settings.label.method, **settings.label.options).method
-        self._learner = Learner(self._potential, self._store, limits, method)
+        self._first, self._limits, self._method = self._potential, limits, method
+        self._origin = self._network = learner_finetune.network_of(self._first)
+        self._learner = self._made(self._first)
+        self._fine_tunes = FineTunes(run_dir, settings, self._store, learner_finetune.can_be_tuned(self._first))
         self._version, self._path = 0, ""
         self._unlearnt = False
         self._noted: dict[str, Any] = {}  # of what serves, as it stands on disk
@@ -84,20 +88,48 @@ class LearnerProcess:
         for version in reversed([v for v in self._store.versions() if v.may_serve and v.number > 0]):
             try:
                 layer = versions.read(self._run_dir / version.file)
-            except VersionError as error:
+                self._stand_behind(layer.metadata.get(versions.NETWORK, self._origin), version.number)
+            except (VersionError, PotentialError) as error:
                 self._store.set_version_state(version.number, "refused")
                 self._reporter.log("error", "version refused", version=version.number, error=str(error))
                 continue
             self._version, self._path = version.number, version.file
             self._learner.serve(layer.readout, layer.covariance)
             return
+        self._stand_behind(self._origin, 0)
         self._learner.serve_base()
+
+    def _made(self, potential: Trainable) -> Learner:
+        """A learner for a network, taught all labels there are."""
+        return Learner(potential, self._store, self._limits, self._method)
+
+    def _stand_behind(self, network: str, number: int) -> None:
+        """Learn behind the network of a version, whichever fine-tune brought it.
+
+        Raises:
+            VersionError: the store knows of no such fine-tune.
+            PotentialError: its file cannot be loaded.
+        """
+        if network == self._network:
+            return
+        potential = self._first
+        if network != self._origin:
+            brought = learner_finetune.brought_by(self._store, network, number)
+            if brought is None:
+                raise VersionError(f"version {number}", "was learnt behind a network that no fine-tune of this run has brought")
+            wanted = self._settings.potential
+            loaded = registry.of_version(wanted.model, self._run_dir / brought.file, "cpu", wanted.dtype)
+            assert isinstance(loaded, Trainable)
+            potential = loaded
+        quantile = self._learner.quantile
+        self._potential, self._network, self._learner = potential, network, self._made(potential)
+        self._learner.quantile = quantile
 
     def _add_base(self) -> None:
         """Version 0: what the run started with, whole, so that the run directory can be copied elsewhere."""
         layer = LastLayer(self._learner.readout, self._learner.covariance, {"parent": None, "labels": 0})
         file = versions.write(self._run_dir, 0, self._potential.state(), layer, self._potential.metadata)
-        self._store.add_version(StoredVersion(0, file.hash, None, file.path, "served", 0, {}))
+        self._store.add_version(StoredVersion(0, file.hash, None, file.path, "served", 0, {}, network=self._origin))
 
     # -- messages --------------------------------------------------------------------------------------------------------------------
 
@@ -228,6 +260,10 @@ class LearnerProcess:
             path.unlink()
         if learnt:
             self._update()
+            self._order_fine_tune()
+        candidate = self._fine_tunes.came()
+        if candidate is not None:
+            self._take_fine_tune(candidate)
         if self._awaited:
             self._settle_what_came()
 
@@ -251,16 +287,53 @@ class LearnerProcess:
         number = max(v.number for v in self._store.versions()) + 1
         layer = LastLayer(proposal.readout, proposal.covariance, {"parent": self._version, **proposal.metrics})
         state = self._potential.state(proposal.readout)
-        file = versions.write(self._run_dir, number, state, layer, self._potential.metadata)
+        file = versions.write(self._run_dir, number, state, layer, self._potential.metadata, self._origin)
         self._store.add_version(
-            StoredVersion(number, file.hash, self._version, file.path, "accepted", self._learner.n_labels, proposal.metrics)
+            StoredVersion(
+                number, file.hash, self._version, file.path, "accepted", self._learner.n_labels, proposal.metrics, network=self._network
+            ),
+            self._store.label_ids(self._method, Role.TRAIN),
         )
-        self._version, self._path = number, file.path
         self._learner.serve(proposal.readout, proposal.covariance)
-        self._note_serving()
-        self._tell_gateway()
+        self._publish(number, file.path)
         ms = round(1000 * (process.monotonic() - started), 1)
         self._reporter.log("info", "update", version=number, ms=ms, **proposal.metrics)
+
+    def _publish(self, number: int, path: str) -> None:
+        self._version, self._path = number, path
+        self._note_serving()
+        self._tell_gateway()
+
+    def _order_fine_tune(self) -> None:
+        order = self._fine_tunes.order(self._version, self._path, self._method)
+        if order is not None:
+            self._reporter.log("info", "fine-tune ordered", number=order.number, parent=order.parent, labels=len(order.train))
+
+    def _take_fine_tune(self, candidate: Candidate) -> None:
+        """Keep what came of a fine-tune; if the gate passed it, learn and serve from its network on."""
+        result, potential = candidate.result, candidate.potential
+        if potential is None:
+            self._fine_tunes.failed(result)
+            self._reporter.log("warning", "fine-tune failed", number=result.order.number, reason=result.reason)
+            return
+        network, learner = learner_finetune.network_of(potential), self._made(potential)
+        learner.quantile = self._learner.quantile
+        learner.settle()
+        number = max(v.number for v in self._store.versions()) + 1
+        layer = LastLayer(learner.readout, learner.covariance, {"parent": result.order.parent, **(result.metrics or {})})
+        file = versions.write(self._run_dir, number, potential.state(), layer, potential.metadata, self._origin)
+        state = "accepted" if result.passed else "refused"
+        version = StoredVersion(number, file.hash, result.order.parent, file.path, state, learner.n_labels, {}, network=network)
+        self._fine_tunes.recorded(version, result)
+        self._reporter.log(
+            "info" if result.passed else "warning", "fine-tune " + state, version=number, reason=result.reason, **(result.metrics or {})
+        )
+        if not result.passed:
+            return
+        self._potential, self._network, self._learner = potential, network, learner
+        self._publish(number, file.path)
+        if len(self._store.label_ids(self._method, Role.TRAIN)) > len(result.order.train):
+            self._update()  # labels that came while it was trained
 
     def _note_serving(self) -> None:
         """On disk for a gateway that starts later, without the learner, and for whoever evaluates the version in another process."""

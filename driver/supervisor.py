@@ -346,6 +346,8 @@ def _children(path: Path, settings: configs.Config) -> list[Child]:
         workers = min(1, settings.label.workers) if settings.label.cluster else settings.label.workers
         names = [f"label-{i}" for i in range(workers)]
         made += [Child(name, "tumbaga.driver.label_worker", path, process.monotonic, (name,)) for name in names]
+        if settings.learn.finetune_every:
+            made.append(Child("trainer", "tumbaga.driver.trainer_process", path, process.monotonic))
     return made
 
 

@@ -76,6 +76,11 @@ class Frames(Database):
             raise StoreError(str(self._path), f"has no frame {frame_id}")
         return frame_of(*row)
 
+    def flagged_last(self, most: int) -> list[int]:
+        """The ids of the frames that were flagged last, newest first, each once."""
+        rows = self._db.execute("SELECT frame FROM flags GROUP BY frame ORDER BY MAX(id) DESC LIMIT ?", (most,))
+        return [int(row[0]) for row in rows]
+
     def served_forces(self, frame_id: int) -> Array:
         """The forces that were served when the frame was first flagged, shape (n_atoms, 3), float64, eV/Å."""
         return vectors(
