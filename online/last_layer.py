@@ -155,7 +155,20 @@ def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = Non
     prior = scale / settings.prior_force**2
     if not labels:
         identity = np.eye(base.size)
-        return Fit(base, np.zeros(base.size), np.zeros(0), prior * identity, identity / prior, prior, 1.0, math.nan, 0.0, 0, settings.sigma_force, ())
+        return Fit(
+            base,
+            np.zeros(base.size),
+            np.zeros(0),
+            prior * identity,
+            identity / prior,
+            prior,
+            1.0,
+            math.nan,
+            0.0,
+            0,
+            settings.sigma_force,
+            (),
+        )
     shift = _offset_estimate(labels)
     equations = _Equations.of(labels, shift, prior, settings)
     factors = settings.noise_factors if len(labels) >= settings.choose_from else (settings.first_factor,)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tumbaga.online import last_layer, selection
+from tumbaga.online import last_layer, quality, selection
 from tumbaga.online.calibration import TrackedQuantile, error_ratio
 from tumbaga.online.errors import UpdateRefusedError
+from tumbaga.online.gain import Costs, Gains
 from tumbaga.online.last_layer import Labelled
 from tumbaga.online.ports import ForceRows, Trainable
 from tumbaga.online.records import Array, Frame, Label, Reason, Role
 from tumbaga.online.store import Queued, Store, StoredLabel
-from tumbaga.online.uncertainty import ScoreScale, force_std
+from tumbaga.online.uncertainty import AtomScore, ScoreScale, force_std, species_index
 
+_SCALED = 8  # labels from which a new network's scale of scores is taken
 _RECENT = 50  # frames whose forces an update may not change too much
 
 
@@ -54,6 +56,8 @@ class Learner:
         limits: threshold, budget and queue.
         method: the labels' method; labels of other methods in the store are not used.
         settings: of the last-layer update.
+        bounds: what every label must keep.
+        tell: called with what a person should know of: an event and its JSON-compatible details.
     """
 
     def __init__(
@@ -63,20 +67,26 @@ class Learner:
         limits: selection.Limits,
         method: str,
         settings: last_layer.Settings | None = None,
+        bounds: quality.Bounds | None = None,
+        tell: Callable[..., None] = lambda event, **detail: None,
     ) -> None:
         self._potential, self._store, self._limits, self._method = potential, store, limits, method
-        self._settings = settings or last_layer.Settings()
+        self._settings, self._bounds, self._tell = settings or last_layer.Settings(), bounds or quality.Bounds(), tell
         self._base = potential.readout()
         self._mean_h2 = potential.spec.mean_h2 or None
         prior = last_layer.fit([], self._base, self._settings, mean_h2=self._mean_h2 or 1.0)
         self.readout, self.covariance = prior.readout, prior.covariance
+        self._gains, self._costs = Gains(prior.covariance, self._settings.sigma_force), Costs()
         self._models: dict[int, ForceRows] = {}
+        self._fresh: list[int] = []  # frames with training labels that what serves does not know
+        self._sources: dict[Labelled, StoredLabel] = {}
         self._recent: deque[Array] = deque(maxlen=_RECENT)
         self.sets: dict[Role, list[Labelled]] = {role: [] for role in Role}
         self.scale = ScoreScale()
         self.quantile = TrackedQuantile()
         for stored in store.labels(method):
             self._learnt(stored)
+        self._models.clear()
 
     # -- versions --------------------------------------------------------------------------------------------------------------------
 
@@ -84,12 +94,32 @@ class Learner:
         """A version serves now: scores refer to it, and frames that it made certain leave the queue."""
         self.readout, self.covariance = readout, covariance
         self.scale, self.quantile = ScoreScale(), self.quantile.after_swap()
+        self._gains, self._fresh = Gains(covariance, self._settings.sigma_force), []
         waiting = self._store.pending()
+        wanted = {q.frame for q in waiting} | {task.frame for task in self._store.running()}
+        self._models = {frame_id: model for frame_id, model in self._models.items() if frame_id in wanted}
         scores = {q.frame: self._score(self._model(q.frame)) for q in waiting}
         for frame_id, score in scores.items():
             self._store.set_priority(frame_id, score)
         for frame_id in selection.stale(waiting, scores, self._limits):
-            self._store.drop(frame_id, f"an update brought its force uncertainty down to {scores[frame_id]:.3f} eV/Å")
+            self._drop(frame_id, f"an update brought its force uncertainty down to {scores[frame_id]:.3f} eV/Å")
+
+    def settle(self) -> None:
+        """The base readout serves as it is, with the uncertainty that the labels leave: how a fine-tuned potential begins."""
+        train = self.sets[Role.TRAIN]
+        try:
+            fitted = last_layer.fit(train, self._base, self._settings, mean_h2=self._mean_h2 if train else self._mean_h2 or 1.0)
+        except UpdateRefusedError:
+            self.serve_base()
+            return
+        self.serve(self._base, fitted.covariance)
+        score = AtomScore(fitted.covariance, len(self._potential.spec.elements))
+        for stored in self._store.labels(self._method)[-_SCALED:]:
+            (said,) = self._potential.predict([stored.frame])
+            if said.features is not None:
+                atoms = score(said.features, species_index(stored.frame.numbers, self._potential.spec.elements))
+                std = force_std(self._potential.force_rows(stored.frame).rows, fitted.covariance)
+                self.scale = self.scale.updated(float(atoms.max()), float(std.max()))
 
     def serve_base(self) -> None:
         """The base potential serves, with the uncertainty of the prior."""
@@ -117,7 +147,7 @@ class Learner:
             forces: what was served, shape (n_atoms, 3), eV/Å.
         """
         waits = reason is Reason.STALLED
-        if (self.scale.known or waits) and sum(self._store.queued_by_role().values()) >= self._limits.budget:
+        if (self.scale.known or waits) and self.spending.spent(self._limits):
             return False  # nothing can come of it, and a run of weeks would fill the disk with frames
         frame_id = self._store.add_flag(
             frame, session=session, step=step, reason=reason, score=score, version=version, energy=energy, forces=forces
@@ -133,9 +163,8 @@ class Learner:
         self.scale = self.scale.updated(lpr, exact)
         exact_score = self.quantile.q * exact
         waiting = self._store.pending()
-        admission = selection.admit(
-            reason, exact_score, waiting, self._store.queued_by_role(), self._store.count_reason(Reason.AUDIT), self._limits
-        )
+        by_role, audits = self._store.queued_by_role(), self._store.count_reason(Reason.AUDIT)
+        admission = selection.admit(reason, exact_score, waiting, by_role, audits, self._limits, self.spending.core_hours)
         if admission.replaces is not None:
             self._drop(admission.replaces, "made room for a more uncertain frame")
         if admission.role is None:
@@ -147,23 +176,64 @@ class Learner:
         self._store.drop(frame_id, note)
         self._models.pop(frame_id, None)
 
-    def next_frame(self) -> Queued | None:
-        """What should be labelled next, and in which role."""
-        return selection.next_frame(self._store.pending(), self._store.started_by_role())
+    def next_frame(self, strategy: str = "") -> Queued | None:
+        """What should be labelled next, and in which role, of the frames that are to be labelled in this way (see `Queued.strategy`)."""
+        if self.exhausted:
+            return None
+        waiting = [q for q in self._store.pending() if q.strategy == strategy]
+        return selection.next_frame(waiting, self._store.started_by_role(), self._pick)
+
+    def _pick(self, others: Sequence[Queued]) -> Queued | None:
+        """Which frame would tell most for what its label costs; None to wait for what is under way."""
+        frames = [q.frame for q in others]
+        under_way = [task.frame for task in self._store.running() if self._store.role(task.frame) is Role.TRAIN]
+        known = (*frames, *under_way, *self._fresh)
+        self._gains.keep(known)
+        for frame_id in known:
+            self._gains.add(frame_id, self._model(frame_id).rows)
+        costs = {frame_id: self._costs.of(self._store.frame(frame_id).numbers) for frame_id in frames}
+        best = self._gains.best(frames, under_way, self._fresh, costs)
+        return next((q for q in others if q.frame == best), None)
+
+    @property
+    def spending(self) -> selection.Spending:
+        """What labels have cost so far."""
+        return selection.Spending(sum(self._store.queued_by_role().values()), self._store.spent().core_seconds / 3600)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no label is begun any more, not even of frames that wait."""
+        return self.spending.timed_out(self._limits)
+
+    def notes(self) -> list[str]:
+        """What a person should know of the budget, as sentences."""
+        return self.spending.notes(self._limits)
 
     # -- labels ----------------------------------------------------------------------------------------------------------------------
 
     def label(self, task: int, frame_id: int, label: Label) -> bool:
-        """Take a label that arrived; False when the frame had one already, or when it does not fit its frame or this run's method."""
+        """Take a label that arrived; False when there is nothing to learn from: the frame had one already, or it does not fit its frame or
+        this run's method, or it cannot be trusted and was set aside.
+        """
         frame = self._store.frame(frame_id)
         if len(label.forces) != len(frame):
             self._store.add_failure(task, f"the label has forces of {len(label.forces)} atoms, its frame has {len(frame)}")
             return False
+        doubt = quality.inspect(frame, label, self._bounds)
+        if doubt is not None:
+            if self._store.quarantine(task, label, doubt.check, doubt.reason, doubt.numbers):
+                self._tell("label set aside", frame=frame_id, check=doubt.check, reason=doubt.reason)
+            return False
         if not self._store.add_label(task, label) or label.method != self._method:
             return False
-        role = self._store.role(frame_id)
+        stored = self._store.label_of(frame_id, self._method)
+        assert stored is not None  # it has just been added
         self._calibrate(frame_id, label, audit=self._store.reason(frame_id) is Reason.AUDIT)
-        self._learnt(StoredLabel(frame_id, frame, label, role))
+        self._learnt(stored)
+        if stored.role is Role.TRAIN:
+            self._fresh.append(frame_id)
+        else:
+            self._models.pop(frame_id, None)
         return True
 
     def _calibrate(self, frame_id: int, label: Label, *, audit: bool) -> None:
@@ -173,8 +243,11 @@ class Learner:
     def _learnt(self, stored: StoredLabel) -> None:
         model = self._model(stored.frame_id, stored.frame)
         elements = self._potential.spec.elements
-        self.sets[stored.role].append(last_layer.labelled(model, stored.frame, stored.label, self._base, elements))
-        self._models.pop(stored.frame_id, None)
+        made = last_layer.labelled(model, stored.frame, stored.label, self._base, elements)
+        self.sets[stored.role].append(made)
+        self._sources[made] = stored
+        if not stored.imported:
+            self._costs.add(stored.frame.numbers, stored.label.seconds)
 
     @property
     def n_labels(self) -> int:
@@ -182,11 +255,14 @@ class Learner:
         return sum(len(found) for found in self.sets.values())
 
     def update(self) -> Proposal | Refusal:
-        """Fit the readout to all training labels and judge the result; nothing changes until `serve`."""
-        train, held_out = self.sets[Role.TRAIN], self.sets[Role.HOLDOUT]
-        metrics: dict[str, object] = {"labels": len(train), "held_out": len(held_out)}
+        """Fit the readout to all training labels and judge the result; nothing changes until `serve`, but labels that all others contradict
+        are set aside.
+        """
+        metrics: dict[str, object] = {}
         try:
-            fitted = last_layer.fit(train, self._base, self._settings, mean_h2=self._mean_h2)
+            fitted = self._trusted_fit()
+            train, held_out = self.sets[Role.TRAIN], self.sets[Role.HOLDOUT]
+            metrics |= {"labels": len(train), "held_out": len(held_out)}
             metrics["loo_rmse"] = _number(fitted.loo_rmse)
             residual = max(last_layer.largest_residual(train), self._settings.trust_floor)
             factor = last_layer.trust_region(fitted.readout, self.readout, list(self._recent), residual, self._settings)
@@ -203,6 +279,27 @@ class Learner:
             **self.errors(candidate),
         }
         return Proposal(candidate, fitted.covariance, metrics) if verdict.accepted else Refusal(verdict.reason, metrics)
+
+    def _trusted_fit(self) -> last_layer.Fit:
+        """The fit to all training labels, once those that the others contradict are set aside, the worst one first."""
+        released = self._store.released()
+        spared = [one for one, stored in self._sources.items() if stored.id in released]
+        while True:
+            fitted = self._fit(self.sets[Role.TRAIN])
+            found = quality.doubtful(self.sets[Role.TRAIN], self.sets[Role.HOLDOUT], fitted, self._fit, spared)
+            if found is None:
+                return fitted
+            self._set_aside(*found)
+
+    def _fit(self, labels: Sequence[Labelled]) -> last_layer.Fit:
+        return last_layer.fit(labels, self._base, self._settings, mean_h2=self._mean_h2)
+
+    def _set_aside(self, one: Labelled, doubt: quality.Doubt) -> None:
+        stored = self._sources.pop(one)
+        self._store.set_aside(stored.id, doubt.check, doubt.reason, doubt.numbers)
+        self.sets[stored.role].remove(one)
+        self._fresh = [frame_id for frame_id in self._fresh if frame_id != stored.frame_id]
+        self._tell("label set aside", frame=stored.frame_id, check=doubt.check, reason=doubt.reason)
 
     def errors(self, readout: Array) -> dict[str, object]:
         """Force RMSE (component, eV/Å) of the base and of a readout on training and held-out labels; None where there is no label."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tumbaga.online.records import Reason, Role
 from tumbaga.online.store import Queued
 
 TRAIN_PER_HOLDOUT = 3  # so the second, sixth, tenth … label is held out
+NEARLY_SPENT = 0.8  # part of the budget after which frames must be more uncertain to get a label …
+RAISED = 1.25  # … by this factor
+
+Pick = Callable[[Sequence[Queued]], Queued | None]
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Limits:
     Attributes:
         force_error: the accuracy to hold, eV/Å; uncertain frames above it are labelled.
         budget: labels at most, over the life of the run directory.
+        core_hours: time that all labels together may take, cores times hours; 0 for no limit.
         audit_share: share of all labels that audits may take.
         queue: frames that may wait.
         low_ratio: waiting frames whose score fell below this part of force_error are dropped.
@@ -25,9 +30,47 @@ class Limits:
 
     force_error: float
     budget: int = 200
+    core_hours: float = 0.0
     audit_share: float = 0.2
     queue: int = 64
     low_ratio: float = 0.6
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What labels have cost so far.
+
+    Attributes:
+        accepted: frames accepted for a label (waiting, running, labelled, set aside or failed).
+        core_hours: of all labels, in vain or not.
+    """
+
+    accepted: int
+    core_hours: float = 0.0
+
+    def timed_out(self, limits: Limits) -> bool:
+        """Whether labels have taken all the time that they may take: then none is begun, not even of a frame that was accepted."""
+        return bool(limits.core_hours) and self.core_hours >= limits.core_hours
+
+    def spent(self, limits: Limits) -> str:
+        """Return what is spent, as a sentence; empty while there is something left of both budgets."""
+        if self.timed_out(limits):
+            return f"the {limits.core_hours:g} core-hours for labels are spent: none is begun any more"
+        if self.accepted >= limits.budget:
+            return "the label budget is spent"
+        return ""
+
+    def threshold(self, limits: Limits) -> float:
+        """Return the force uncertainty above which frames are labelled, eV/Å: the last labels of a budget are kept for the worst frames."""
+        return limits.force_error * (RAISED if self.accepted >= NEARLY_SPENT * limits.budget else 1.0)
+
+    def notes(self, limits: Limits) -> list[str]:
+        """Return what a user should know of the budget, as sentences."""
+        spent = self.spent(limits)
+        if spent or not limits.budget or self.threshold(limits) == limits.force_error:
+            return [spent] if spent else []
+        raised = f"frames get one above {self.threshold(limits):.3g} eV/Å from now on, in place of {limits.force_error:g}"
+        return [f"{self.accepted} of {limits.budget} labels are given away: {raised}"]
 
 
 @dataclass(frozen=True)
@@ -39,22 +82,32 @@ class Admission:
     replaces: int | None = None
 
 
-def admit(reason: Reason, score: float, queued: Sequence[Queued], by_role: Mapping[Role, int], audits: int, limits: Limits) -> Admission:
+def admit(
+    reason: Reason,
+    score: float,
+    queued: Sequence[Queued],
+    by_role: Mapping[Role, int],
+    audits: int,
+    limits: Limits,
+    core_hours: float = 0.0,
+) -> Admission:
     """Decide on a candidate.
 
     Args:
         reason: why it was flagged.
         score: its calibrated force uncertainty from force rows, eV/Å.
         queued: what waits now.
-        by_role: accepted frames so far by role (waiting, running, labelled or failed).
+        by_role: accepted frames so far by role (waiting, running, labelled, set aside or failed).
         audits: audits among them.
         limits: see there.
+        core_hours: what labels have taken so far.
     """
     accepted = sum(by_role.values())
-    if accepted >= limits.budget:
-        return Admission(None, "the label budget is spent")
-    if reason is Reason.UNCERTAIN and score <= limits.force_error:
-        return Admission(None, f"force uncertainty {score:.3f} eV/Å from force rows is within {limits.force_error:g}")
+    spending = Spending(accepted, core_hours)
+    if spent := spending.spent(limits):
+        return Admission(None, spent)
+    if reason is Reason.UNCERTAIN and score <= (threshold := spending.threshold(limits)):
+        return Admission(None, f"force uncertainty {score:.3f} eV/Å from force rows is within {threshold:g}")
     if reason is Reason.AUDIT and audits >= max(1.0, limits.audit_share * max(accepted, limits.budget / 10)):
         return Admission(None, "the share of audits is used up for now")
     role = Role.HOLDOUT if reason is Reason.AUDIT else Role.TRAIN
@@ -68,16 +121,17 @@ def admit(reason: Reason, score: float, queued: Sequence[Queued], by_role: Mappi
     return Admission(role, replaces=least.frame)
 
 
-def next_frame(queued: Sequence[Queued], started: Mapping[Role, int]) -> Queued | None:
-    """Choose what is labelled next, and what for: frames that an engine waits for, what was begun before, first frames, then the most
-    uncertain; every fourth is held out.
+def next_frame(queued: Sequence[Queued], started: Mapping[Role, int], pick: Pick) -> Queued | None:
+    """Choose what is labelled next, and what for: frames that an engine waits for, what was begun before, first frames, then what tells
+    most; every fourth is held out.
 
-    Held out is an audit if one waits, else the newest uncertain frame: it shows how the potential does where the run is now, and its score
-    did not choose it. The role is given here, when the label is started, and never changes.
+    Held out is an audit if one waits, else the newest uncertain frame: it shows how the potential does where the run is now, and neither its
+    score nor its gain chose it. The role is given here, when the label is started, and never changes.
 
     Args:
         queued: what waits, oldest first.
         started: labels running or done, by role.
+        pick: chooses among uncertain frames; None says that none is worth a label before what is under way has ended.
     """
     if not queued:
         return None
@@ -89,7 +143,7 @@ def next_frame(queued: Sequence[Queued], started: Mapping[Role, int]) -> Queued 
     others = [q for q in queued if q.role is Role.TRAIN]
     if not others or TRAIN_PER_HOLDOUT * started[Role.HOLDOUT] < started[Role.TRAIN]:
         return held_out[0] if held_out else replace(others[-1], role=Role.HOLDOUT)
-    return max(others, key=lambda q: q.priority)
+    return pick(others) or next(iter(held_out), None)
 
 
 def stale(queued: Sequence[Queued], scores: Mapping[int, float], limits: Limits) -> list[int]:

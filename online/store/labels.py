@@ -200,6 +200,10 @@ class Labels(Queue):
         )
         return [Quarantined(_stored(row), row[14], row[15], json.loads(row[16]), *row[17:]) for row in rows]
 
+    def released(self) -> set[int]:
+        """The ids of all labels that a person has released: they are believed from then on."""
+        return {int(row[0]) for row in self._db.execute("SELECT label FROM quarantine WHERE state = 'released'")}
+
     def release(self, frame_id: int) -> StoredLabel:
         """Make the newest label of a frame that is set aside a label like any other, and return it.
 

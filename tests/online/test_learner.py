@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tumbaga.online.last_layer import Settings
 from tumbaga.online.learner import Learner, Proposal, Refusal
+from tumbaga.online.quality import Bounds
 from tumbaga.online.records import Array, Frame, Label, Reason, Role
 from tumbaga.online.selection import Limits
 from tumbaga.online.store import FILE, Store
@@ -19,6 +21,7 @@ METHOD = "toy"
 LIMITS = Limits(force_error=1e-6, budget=60)
 LEARNT = 0.01  # eV/Å: what is left of an error of about 1 eV/Å after eight exact labels for eight weights; the prior holds back the rest
 NARROW = Settings(trust_floor=1e9)  # the trust region has its own tests
+UNBOUND = Bounds(force=0.0, net_force=0.0)  # the toy has forces that no label should have, and one test makes worse ones
 
 
 class Bench:
@@ -27,7 +30,8 @@ class Bench:
     def __init__(self, path: Path, toy: ToyTrainable, truth: ToyTrainable, limits: Limits, method: str = METHOD) -> None:
         self.store = Store(path)
         self.toy, self.truth = toy, truth
-        self.learner = Learner(toy, self.store, limits, method, NARROW)
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.learner = Learner(toy, self.store, limits, method, NARROW, UNBOUND, lambda event, **detail: self.told.append((event, detail)))
 
     def flag(self, frame: Frame, reason: Reason = Reason.UNCERTAIN, lpr: float = 0.1) -> bool:
         said = self.toy.predict([frame])[0]

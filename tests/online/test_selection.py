@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
+from tumbaga.online import selection
 from tumbaga.online.records import Reason, Role
-from tumbaga.online.selection import Limits, admit, next_frame, stale
+from tumbaga.online.selection import Limits, Spending, admit, stale
 from tumbaga.online.store import Queued
 
 LIMITS = Limits(force_error=0.2, budget=50, queue=3)
@@ -14,6 +17,11 @@ NOBODY = {Role.TRAIN: 0, Role.HOLDOUT: 0}
 
 def waits(frame: int, priority: float, role: Role = Role.TRAIN, reason: Reason = Reason.UNCERTAIN) -> Queued:
     return Queued(frame, reason, role, priority)
+
+
+def next_frame(queued: Sequence[Queued], started: dict[Role, int]) -> Queued | None:
+    """The choice where the most uncertain frame is the one that tells most."""
+    return selection.next_frame(queued, started, lambda others: max(others, key=lambda q: q.priority))
 
 
 def test_every_fourth_label_is_held_out() -> None:
@@ -153,3 +161,49 @@ def test_only_uncertain_training_frames_grow_stale() -> None:
     scores = {1: 0.119, 2: 0.121, 3: 0.0, 4: 0.0, 5: 0.0, 7: float("nan")}
 
     assert stale(queue, scores, LIMITS) == [1]
+
+
+def test_waiting_can_be_better_than_a_label() -> None:
+    """Where no uncertain frame is worth a label now, an audit that waits is labelled, and without one nothing is; first frames still are."""
+    nothing = [waits(1, 0.9), waits(2, 0.5)]
+    audit, first = waits(3, 0.1, Role.HOLDOUT, Reason.AUDIT), waits(4, 0.1, reason=Reason.INITIAL)
+    enough = {Role.TRAIN: 3, Role.HOLDOUT: 9}
+
+    assert selection.next_frame(nothing, enough, lambda others: None) is None
+    assert selection.next_frame([*nothing, audit], enough, lambda others: None) == audit
+    assert selection.next_frame([*nothing, audit, first], enough, lambda others: None) == first
+
+
+def test_what_is_held_out_is_never_chosen_by_its_gain() -> None:
+    """When it is the turn of a held-out frame, nobody asks which one would tell most."""
+
+    def never(others: Sequence[Queued]) -> Queued | None:
+        raise AssertionError("asked")
+
+    assert selection.next_frame([waits(1, 0.9), waits(2, 0.5)], {Role.TRAIN: 1, Role.HOLDOUT: 0}, never) == waits(2, 0.5, Role.HOLDOUT)
+
+
+def test_the_last_fifth_of_the_budget_is_for_worse_frames() -> None:
+    """Once four fifths of the labels are given away, an uncertain frame needs 1.25 times the uncertainty, and the user is told."""
+    before, after = {Role.TRAIN: 30, Role.HOLDOUT: 9}, {Role.TRAIN: 30, Role.HOLDOUT: 10}
+
+    assert admit(Reason.UNCERTAIN, 0.21, [], before, 0, LIMITS).role is Role.TRAIN
+    assert admit(Reason.UNCERTAIN, 0.25, [], after, 0, LIMITS).note == "force uncertainty 0.250 eV/Å from force rows is within 0.25"
+    assert admit(Reason.UNCERTAIN, 0.26, [], after, 0, LIMITS).role is Role.TRAIN
+    assert admit(Reason.STALLED, 0.0, [], after, 0, LIMITS).role is Role.TRAIN
+    assert Spending(39).notes(LIMITS) == []
+    assert Spending(40).notes(LIMITS) == ["40 of 50 labels are given away: frames get one above 0.25 eV/Å from now on, in place of 0.2"]
+    assert Spending(50).notes(LIMITS) == ["the label budget is spent"]
+
+
+def test_core_hours_are_a_budget_of_their_own() -> None:
+    """Labels that took their core-hours end all admission whatever the number of labels; without such a limit time does not count."""
+    limits = Limits(force_error=0.2, budget=50, core_hours=2.0)
+
+    assert admit(Reason.STALLED, 9.0, [], NOBODY, 0, limits, core_hours=1.9).role is Role.TRAIN
+    refused = admit(Reason.STALLED, 9.0, [], NOBODY, 0, limits, core_hours=2.0)
+    assert (refused.role, refused.note) == (None, "the 2 core-hours for labels are spent: none is begun any more")
+    assert Spending(3, 2.0).notes(limits) == [refused.note]
+    assert Spending(3, 2.0).timed_out(limits)
+    assert not Spending(3, 1e9).timed_out(LIMITS)
+    assert admit(Reason.STALLED, 9.0, [], NOBODY, 0, LIMITS, core_hours=1e9).role is Role.TRAIN
