@@ -1,0 +1,143 @@
+"""Tumbaga's side of suite L: an ASE script with a server of its own, as a user has it; reads a JSON file, writes lines of JSON.
+
+The script does nothing that a user could not: `serve` starts the program, the labels come from `ase:_learning_teacher:Teacher`. After the
+run every version that served is judged on the frames kept apart, by what `tumbaga evaluate` is made of.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"  # before numpy and torch are imported
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import _learning_teacher as teacher
+import msgspec
+import numpy as np
+from ase import Atoms
+
+from tumbaga.driver import config as configs
+from tumbaga.driver import datasets, evaluating
+from tumbaga.driver.backends import registry
+from tumbaga.driver.serving import ServedCalculator, ServingError, serve
+from tumbaga.online.records import LabelledFrame
+from tumbaga.online.store import FILE, Store, StoredVersion
+
+UNSURE_FRAMES = 40
+MOST_VERSIONS = 16  # of one run that are judged
+LABELS_SEEN = 3  # a run with slow labels goes on until it has learnt from so many, or nothing would be seen of them
+AFTER = 300  # steps after that, for the last ramp
+LOOK = 50  # steps between two looks at the status
+
+
+def main(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+    """One run; `task` has size, seed, delay, steps, seconds, apart, model, known, run, force_error, spacing, budget, finetune_every."""
+    run = Path(task["run"])
+    prepare(run, task)
+    atoms = teacher.start(task["size"], task["seed"])
+    with serve(atoms, run_dir=run) as calculator:
+        atoms.calc, watch = calculator, teacher.Watch(calculator, atoms)
+        step, seconds, ended = walked(atoms, calculator, watch, task)
+        told = watch.told()
+    judged = curve(run, task["known"], datasets.read(task["apart"]))
+    for one in judged:
+        say(one)
+    say({"steps": step, "seconds": seconds, **told, **counted(run), **unsure(run, task), "ended": ended})
+
+
+def prepare(run: Path, task: dict[str, Any]) -> None:
+    """Write the settings; `serve` takes those that it finds."""
+    learn = configs.Learn(ramp_steps=task["ramp_steps"], ramp_pause=task["ramp_pause"])
+    if task["finetune_every"]:
+        learn = msgspec.structs.replace(learn, finetune_every=task["finetune_every"])
+    settings = configs.Config(
+        potential=configs.Potential(model=task["model"], device="cpu"),
+        flag=configs.Flag(force_error=task["force_error"], spacing=task["spacing"], audit_every=task["audit_every"]),
+        label=configs.Label(method="ase:_learning_teacher:Teacher", options={"delay": float(task["delay"])}, budget=task["budget"]),
+        learn=learn,
+        seed=task["seed"],
+    )
+    run.mkdir(parents=True)
+    (run / configs.FILE).write_text(configs.dumps(settings))
+
+
+def walked(atoms: Atoms, calculator: ServedCalculator, watch: teacher.Watch, task: dict[str, Any]) -> tuple[int, float, str]:
+    """Move until the steps are done and enough labels were learnt from; steps, seconds, and why it ended early."""
+    begun, step, last = time.perf_counter(), 0, task["steps"]
+    enough = last if not task["delay"] else None
+    try:
+        for step in teacher.walk(atoms, task["seed"], 10_000_000):
+            watch.note(step)
+            if step % LOOK == 0 and enough is None and learnt(calculator) >= LABELS_SEEN:
+                enough = max(last, step + AFTER)
+            if enough is not None and step >= enough:
+                break
+            if time.perf_counter() - begun > task["seconds"]:
+                return step, time.perf_counter() - begun, "time is up"
+    except ServingError as problem:
+        return step, time.perf_counter() - begun, str(problem)
+    return step, time.perf_counter() - begun, ""
+
+
+def learnt(calculator: ServedCalculator) -> int:
+    return int(calculator.status()["labels"]["converged"])
+
+
+def counted(run: Path) -> dict[str, Any]:
+    """What the status says in the end."""
+    status = json.loads((run / "status.json").read_text())
+    labels = {f"labels_{key}": status["labels"][key] for key in ("converged", "failed", "pending")}
+    return {**labels, "swaps": status["swaps"], "server_ms": status["call_ms"]}
+
+
+def curve(run: Path, known: int, apart: list[LabelledFrame]) -> list[dict[str, Any]]:
+    """Labels so far and force RMSE, eV/Å, of some of the versions, the last one that served included."""
+    found = []
+    for version in spread(served(run)):
+        potential = registry.load(f"painn:{run / version.file}", "cpu")
+        judged, lost = evaluating.judge(potential, apart)
+        errors = [np.ravel(one.forces - one.label.forces) for one in judged]
+        rmse = float(np.sqrt(np.mean(np.square(np.concatenate(errors)))))
+        found.append({"labels": known + version.labels, "version": version.number, "rmse": rmse, "not_finite": lost})
+    return found
+
+
+def served(run: Path) -> list[StoredVersion]:
+    """The versions that were served, in order."""
+    with closing(Store(run / FILE, read_only=True)) as store:
+        return [version for version in store.versions() if version.state == "served"]
+
+
+def spread(versions: list[StoredVersion]) -> Iterable[StoredVersion]:
+    """At most so many, closer together where labels were few; first and last stay."""
+    places = np.unique(np.rint(np.geomspace(1, len(versions), min(MOST_VERSIONS, len(versions)))).astype(int))
+    return [versions[place - 1] for place in places]
+
+
+def unsure(run: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """How the uncertainties of the last version fit the errors, as `tumbaga evaluate` has it."""
+    file = run / served(run)[-1].file
+    potential = registry.load(f"painn:{file}", "cpu", "float64")
+    layer = evaluating.last_layer_of(potential, file)
+    report, judged = evaluating.evaluate(potential, datasets.read(task["apart"]), layer, UNSURE_FRAMES)
+    ratios = [np.abs(one.forces - one.label.forces) / one.stds for one in judged if one.stds is not None]
+    promise = report.uncertainty and report.uncertainty.frame_coverage
+    return {
+        **teacher.covered(np.concatenate(ratios)),
+        "frames_within": promise and promise.found,
+        "frames_promised": promise and promise.promised,
+        "multiplier": report.uncertainty and report.uncertainty.multiplier,
+    }
+
+
+if __name__ == "__main__":
+    with open(sys.argv[2], "w", buffering=1) as lines:
+        main(json.loads(Path(sys.argv[1]).read_text()), lambda told: print(json.dumps(evaluating.finite(told)), file=lines))
