@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tumbaga.driver.errors import DriverError
 
-_PACKAGES = ("numpy", "torch", "ase", "ipi", "pyscf", "pyzmq", "msgspec", "safetensors", "vesin", "pebble")
+_PACKAGES = ("numpy", "torch", "ase", "ipi", "pyscf", "pyzmq", "msgspec", "safetensors", "vesin")
 
 
 @dataclass(frozen=True)
