@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,11 +66,12 @@ def check_spin(done: Any) -> dict[str, float]:
     return {"s2": square, "s2_excess": excess}
 
 
-def warnings_of(gap: float | None) -> list[str]:
+def warnings_of(gaps: Sequence[float | None]) -> list[str]:
     """What to know before this label is believed, in sentences."""
-    if gap is None or gap >= LOW_GAP:
+    smallest = min((one for one in gaps if one is not None), default=LOW_GAP)
+    if smallest >= LOW_GAP:
         return []
-    return [f"a gap of {gap:.2f} eV, below {LOW_GAP:g} eV: another spin state or occupation may be as low"]
+    return [f"a gap of {smallest:.2f} eV, below {LOW_GAP:g} eV: another spin state or occupation may be as low"]
 
 
 def versions() -> dict[str, str]:

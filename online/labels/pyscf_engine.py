@@ -15,7 +15,7 @@ import numpy as np
 
 from tumbaga.online.errors import LabelFailedError
 from tumbaga.online.labels import dispersion, geometry_gate, pyscf_checks, pyscf_gpu, pyscf_start
-from tumbaga.online.labels.pyscf_ladder import ATOM, HARTREE, WARM, Rung, Solution, climb, quiet
+from tumbaga.online.labels.pyscf_ladder import ATOM, HARTREE, WARM, Rung, Solution, climb, gap, quiet
 from tumbaga.online.records import Array, Frame, Label
 
 FITTING = "def2-universal-jfit"
@@ -91,7 +91,7 @@ class PySCFLabeller:
 
         Returns:
             Total energy in eV (about -5e4 for each copper atom) and forces in eV/Å. Details: converged, rung, cycles, scf (every attempt),
-            start (warm or cold, from how far, and whether checked), spin (2S), s2, s2_excess, nao, gap (eV), net_force (eV/Å),
+            start (warm or cold, from how far, and whether checked), spin (2S), s2, s2_excess, nao, gap and flip_gap (eV; see `pyscf_ladder.gap`), net_force (eV/Å),
             net_torque (eV), dispersion (eV), warnings, xc, basis, versions, peak_memory_mb (of the process).
 
         Raises:
@@ -215,6 +215,7 @@ class PySCFLabeller:
 
     def _facts(self, found: _Found, start: _Start) -> dict[str, Any]:
         done, last = found.solution.field, found.solution.history[-1]
+        flip = gap(done, flip=True) if done.mol.spin else None
         return {
             "converged": bool(done.converged),
             "rung": last.rung,
@@ -224,7 +225,8 @@ class PySCFLabeller:
             "spin": int(done.mol.spin),
             "nao": int(done.mol.nao),
             "gap": last.gap,
-            "warnings": pyscf_checks.warnings_of(last.gap),
+            **({"flip_gap": flip} if done.mol.spin else {}),
+            "warnings": pyscf_checks.warnings_of((last.gap, flip)),
             "xc": self.xc,
             "basis": self.basis,
             "versions": pyscf_checks.versions(),

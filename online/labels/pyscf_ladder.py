@@ -46,6 +46,7 @@ class Rung:
         return self.start + shift + (f"+fermi{self.smearing:g}" if self.smearing else "")
 
 
+SHIFT_GAP = 0.8  # eV: where an attempt ended with less, another guess is no use and the level shift comes next
 LADDER = (
     Rung(WARM, 40),
     Rung(ATOM, 40),
@@ -65,7 +66,7 @@ class Attempt:
         rung: its name.
         cycles: done.
         change: of the energy in the last cycle, Hartree; nan after a single one.
-        gap: lowest empty minus highest filled orbital over both spins, eV; None if there is none.
+        gap: lowest empty minus highest filled orbital of the same spin, eV; None if there is none.
         converged: whether PySCF says so.
         entropy: -TS of a smeared state, eV.
     """
@@ -131,7 +132,7 @@ def climb(make: Callable[[], Any], warm: Array | None, limit: int | None, ladder
     history: list[Attempt] = []
     last: Any = None
     for rung in ladder:
-        if (rung.start == WARM and warm is None) or (rung.start == LAST and not history[-1].converged):
+        if _useless(rung, warm, history):
             continue
         start = warm if rung.start == WARM else last.make_rdm1() if rung.start == LAST else None
         last, attempt = _run(make(), rung, start, limit, gpu)
@@ -139,6 +140,15 @@ def climb(make: Callable[[], Any], warm: Array | None, limit: int | None, ladder
         if attempt.converged and not rung.smearing:
             return Solution(last, tuple(history))
     raise LabelFailedError(_failure(history))
+
+
+def _useless(rung: Rung, warm: Array | None, history: Sequence[Attempt]) -> bool:
+    if rung.start == WARM:
+        return warm is None
+    if rung.start == LAST:
+        return not history[-1].converged
+    last = history[-1].gap if history else None
+    return rung.start == MINAO and last is not None and last < SHIFT_GAP
 
 
 def _run(made: Any, rung: Rung, start: Array | None, limit: int | None, gpu: bool) -> tuple[Any, Attempt]:
@@ -159,17 +169,22 @@ def _run(made: Any, rung: Rung, start: Array | None, limit: int | None, gpu: boo
     return made, Attempt(str(rung), len(trace.energies), trace.last_change, gap(made), converged, entropy)
 
 
-def gap(done: Any) -> float | None:
-    """The lowest empty minus the highest occupied orbital energy over both spins, eV; None if there is no empty or no filled one.
+def gap(done: Any, flip: bool = False) -> float | None:
+    """The lowest empty minus the highest filled orbital energy, eV, of the spin for which it is smaller; None if there is none to be told.
 
-    Orbitals that smearing fills by less than half count as empty.
+    Orbitals that smearing fills by less than half count as empty. With flip, the lowest empty orbital of either spin minus the highest
+    filled one of either: below zero, turning a spin over would lower the sum of orbital energies.
     """
     if done.mo_energy is None:
         return None
-    energies, filled = np.ravel(done.mo_energy), np.ravel(done.mo_occ) >= 0.5 * np.max(done.mo_occ)
-    if filled.all() or not filled.any() or not np.isfinite(energies).all():
-        return None
-    return float(energies[~filled].min() - energies[filled].max()) * HARTREE
+    channels = (
+        [(np.ravel(done.mo_energy), np.ravel(done.mo_occ))]
+        if flip or np.ndim(done.mo_energy) == 1
+        else zip(done.mo_energy, done.mo_occ, strict=True)
+    )
+    full = 0.5 * float(np.max(done.mo_occ))
+    gaps = [e[occupied < full].min() - e[occupied >= full].max() for e, occupied in channels if 0 < (occupied >= full).sum() < len(e)]
+    return float(min(gaps)) * HARTREE if gaps and np.isfinite(gaps).all() else None
 
 
 def _failure(history: Sequence[Attempt]) -> str:
