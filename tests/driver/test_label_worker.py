@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tumbaga.driver import config as configs
+from tumbaga.driver import devices
+from tumbaga.driver.errors import ConfigError
 from tumbaga.driver.label_process import LocalPool, Terms, resident
 from tumbaga.driver.label_worker import Worker
 from tumbaga.driver.testing import until
@@ -374,6 +377,62 @@ def test_what_a_label_prints_is_not_taken_for_its_answer(elsewhere: Elsewhere, f
     body = "print('hello', flush=True)\nos.write(1, b'from below')\nreturn 1.5, np.zeros((2, 3))"
 
     assert elsewhere.label(function(body)).energy == 1.5
+
+
+@pytest.mark.parametrize(
+    ("label", "cores", "evaluators", "left"),
+    [
+        ({}, 2, 1, (1,)),
+        ({}, 1, 1, ()),
+        ({"workers": 2}, 8, 2, (2, 3, 4, 5, 6, 7)),
+        ({"workers": 2, "cores": 3}, 8, 2, (2, 3, 4, 5, 6, 7)),
+        ({"workers": 2, "cores": 4}, 8, 2, ()),
+    ],
+)
+def test_labels_keep_off_the_cores_of_the_evaluators(label: dict[str, int], cores: int, evaluators: int, left: tuple[int, ...]) -> None:
+    """Where enough are left; otherwise they may use all, and their low priority must do."""
+    settings = configs.Config(label=configs.Label(**label))  # type: ignore[arg-type]
+
+    assert devices.left_for_labels(settings, range(cores), evaluators) == left
+
+
+def test_evaluators_are_as_many_as_cores_are_left() -> None:
+    """Each label takes its cores of this machine, and none on a cluster."""
+    serve = configs.Serve(connect=tuple(f"unix:{index}" for index in range(9)))
+
+    def evaluators(**label: Any) -> int:
+        return len(devices.chosen(configs.Config(serve=serve, label=configs.Label(**label)), 8, gpu=False))
+
+    assert (evaluators(), evaluators(cores=3), evaluators(cores=2, workers=3), evaluators(cores=8)) == (7, 5, 2, 1)
+    assert evaluators(workers=6, cores=4, executor="dask:tcp://127.0.0.1:8786") == 8
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        ({"executor": "tcp://127.0.0.1:8786"}, "label.executor: is 'tcp://127.0.0.1:8786'; write local, or dask:tcp://HOST:PORT"),
+        ({"executor": "dask:127.0.0.1:8786"}, "label.executor: is 'dask:127.0.0.1:8786'"),
+        ({"executor": "dask:tcp://127.0.0.1:8786", "method": "ipi:unix:x"}, "label.executor: is a Dask cluster, and ipi labels come from"),
+        ({"cores": 0}, "label.cores: is 0; it must be at least 1"),
+        ({"memory_gb": -1.0}, "label.memory_gb: is -1.0; it must be at least 0"),
+    ],
+)
+def test_wrong_settings_are_explained(label: dict[str, Any], sentence: str) -> None:
+    """Each is a sentence that names its key."""
+    with pytest.raises(ConfigError) as caught:
+        configs.Config(label=configs.Label(**label)).check()
+
+    assert str(caught.value).startswith(sentence)
+
+
+def test_options_stand_in_toml() -> None:
+    """The settings of a calculator, with numbers, text and lists, are read back as they were written."""
+    text = "[label]\nmethod = 'ase:tblite.ase:TBLite'\nexecutor = 'dask:tcp://node:1'\n[label.options]\nmethod = 'GFN1-xTB'\nkpts = [1, 1, 2]\n"
+    settings = configs.parse(text, "here")
+
+    assert settings.label.options == {"method": "GFN1-xTB", "kpts": [1, 1, 2]}
+    assert settings.label.cluster == "tcp://node:1"
+    assert configs.parse(configs.dumps(settings), "there") == settings
 
 
 def test_memory_is_that_of_a_process_and_its_children() -> None:
