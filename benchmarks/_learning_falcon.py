@@ -17,7 +17,6 @@ from typing import Any
 import _learning_teacher as teacher
 import numpy as np
 from ase import Atoms
-from ase.calculators.emt import EMT
 from ase.io import read
 from falcon_md.models import agox_models
 from falcon_md.otf_calculator import FALCON

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.cluster import Icosahedron, Octahedron
@@ -37,6 +38,23 @@ class Teacher(EMT):  # type: ignore[misc] # ASE has no types
         """Sleep, then what EMT does."""
         time.sleep(self.delay)
         super().calculate(*arguments, **more)
+
+
+class Wrong(Calculator):  # type: ignore[misc] # ASE has no types
+    """What a student was taught before: E'(R) = 0.8 E(R / 1.03) with EMT's E."""
+
+    implemented_properties = ("energy", "forces")
+    LONGER, SOFTER = 1.03, 0.8
+
+    def calculate(self, *arguments: Any, **more: Any) -> None:
+        """EMT of the shrunk frame."""
+        super().calculate(*arguments, **more)
+        small = Atoms(self.atoms.numbers, self.atoms.positions / self.LONGER)
+        small.calc = EMT()
+        self.results = {
+            "energy": self.SOFTER * small.get_potential_energy(),
+            "forces": self.SOFTER / self.LONGER * small.get_forces(),
+        }
 
 
 def cluster(size: int) -> Atoms:
@@ -96,9 +114,25 @@ def labels_of(frames: Sequence[Atoms]) -> list[Atoms]:
     for atoms in frames:
         copy = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
         copy.calc = calculator
-        copy.calc = SinglePointCalculator(copy, energy=copy.get_potential_energy(), forces=copy.get_forces())
-        found.append(copy)
+        found.append(with_forces(copy, copy.get_potential_energy(), copy.get_forces()))
     return found
+
+
+def wrong_ones(size: int, seed: int, frames: int) -> list[Atoms]:
+    """Return frames of the dynamics of a wrong teacher with its energies and forces: bonds 3 % too long, everything a fifth too soft."""
+    atoms, found, settle, stride = start(size, seed + 100), [], 200, 10
+    atoms.calc = Wrong()
+    for step in walk(atoms, seed, settle + stride * frames):
+        if step > settle and (step - settle) % stride == 0:
+            copy = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell)
+            found.append(with_forces(copy, atoms.get_potential_energy(), atoms.get_forces()))
+    return found
+
+
+def with_forces(atoms: Atoms, energy: float, forces: Any) -> Atoms:
+    """Return the atoms with a label, eV and eV/Å."""
+    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+    return atoms
 
 
 def force_rmse(forces: Sequence[Any], frames: Sequence[Atoms]) -> float:

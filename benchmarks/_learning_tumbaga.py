@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import _learning_teacher as teacher
-import msgspec
 import numpy as np
 from ase import Atoms
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import datasets, evaluating
+from tumbaga.driver import datasets, evaluating, finetuning
 from tumbaga.driver.backends import registry
 from tumbaga.driver.serving import ServedCalculator, ServingError, serve
 from tumbaga.online.records import LabelledFrame
@@ -33,13 +32,12 @@ from tumbaga.online.store import FILE, Store, StoredVersion
 
 UNSURE_FRAMES = 40
 MOST_VERSIONS = 16  # of one run that are judged
-LABELS_SEEN = 3  # a run with slow labels goes on until it has learnt from so many, or nothing would be seen of them
-AFTER = 300  # steps after that, for the last ramp
+QUIET_STEPS = 3000  # without a new label: nothing is uncertain any more
 LOOK = 50  # steps between two looks at the status
 
 
 def main(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-    """One run; `task` has size, seed, delay, steps, seconds, apart, model, known, run, force_error, spacing, budget, finetune_every."""
+    """One run; `task` has size, seed, delay, steps, seconds, apart, model, known, run, force_error, spacing, budget."""
     run = Path(task["run"])
     prepare(run, task)
     atoms = teacher.start(task["size"], task["seed"])
@@ -47,7 +45,7 @@ def main(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
         atoms.calc, watch = calculator, teacher.Watch(calculator, atoms)
         step, seconds, ended = walked(atoms, calculator, watch, task)
         told = watch.told()
-    judged = curve(run, task["known"], datasets.read(task["apart"]))
+    judged = curve(run, task, datasets.read(task["apart"]))
     for one in judged:
         say(one)
     say({"steps": step, "seconds": seconds, **told, **counted(run), **unsure(run, task), "ended": ended})
@@ -55,14 +53,10 @@ def main(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
 
 def prepare(run: Path, task: dict[str, Any]) -> None:
     """Write the settings; `serve` takes those that it finds."""
-    learn = configs.Learn(ramp_steps=task["ramp_steps"], ramp_pause=task["ramp_pause"])
-    if task["finetune_every"]:
-        learn = msgspec.structs.replace(learn, finetune_every=task["finetune_every"])
     settings = configs.Config(
         potential=configs.Potential(model=task["model"], device="cpu"),
-        flag=configs.Flag(force_error=task["force_error"], spacing=task["spacing"], audit_every=task["audit_every"]),
+        flag=configs.Flag(force_error=task["force_error"], spacing=task["spacing"]),
         label=configs.Label(method="ase:_learning_teacher:Teacher", options={"delay": float(task["delay"])}, budget=task["budget"]),
-        learn=learn,
         seed=task["seed"],
     )
     run.mkdir(parents=True)
@@ -70,25 +64,39 @@ def prepare(run: Path, task: dict[str, Any]) -> None:
 
 
 def walked(atoms: Atoms, calculator: ServedCalculator, watch: teacher.Watch, task: dict[str, Any]) -> tuple[int, float, str]:
-    """Move until the steps are done and enough labels were learnt from; steps, seconds, and why it ended early."""
-    begun, step, last = time.perf_counter(), 0, task["steps"]
-    enough = last if not task["delay"] else None
+    """Move until the steps are done and nothing is learnt any more; steps, seconds, and why it ended early."""
+    begun, step, enough = time.perf_counter(), 0, Enough(calculator, task)
     try:
         for step in teacher.walk(atoms, task["seed"], 10_000_000):
             watch.note(step)
-            if step % LOOK == 0 and enough is None and learnt(calculator) >= LABELS_SEEN:
-                enough = max(last, step + AFTER)
-            if enough is not None and step >= enough:
+            if step % LOOK or step < task["steps"]:
+                continue
+            if time.perf_counter() - begun > task["seconds"] or enough(step):
                 break
-            if time.perf_counter() - begun > task["seconds"]:
-                return step, time.perf_counter() - begun, "time is up"
     except ServingError as problem:
         return step, time.perf_counter() - begun, str(problem)
     return step, time.perf_counter() - begun, ""
 
 
-def learnt(calculator: ServedCalculator) -> int:
-    return int(calculator.status()["labels"]["converged"])
+class Enough:
+    """Whether labels have come to an end, and a fine-tune with them.
+
+    Args:
+        calculator: with the server.
+        task: with the budget.
+    """
+
+    def __init__(self, calculator: ServedCalculator, task: dict[str, Any]) -> None:
+        self._calculator, self._budget = calculator, task["budget"]
+        self._labels, self._changed = 0, 0
+
+    def __call__(self, step: int) -> bool:
+        """Look; `step` is the one now."""
+        labels = sum(self._calculator.status()["labels"][kind] for kind in ("converged", "failed"))
+        if labels != self._labels:
+            self._labels, self._changed = labels, step
+        at_rest = labels >= self._budget or step - self._changed >= QUIET_STEPS
+        return at_rest and finetuning.open_order(self._calculator.run_dir) is None
 
 
 def counted(run: Path) -> dict[str, Any]:
@@ -98,22 +106,23 @@ def counted(run: Path) -> dict[str, Any]:
     return {**labels, "swaps": status["swaps"], "server_ms": status["call_ms"]}
 
 
-def curve(run: Path, known: int, apart: list[LabelledFrame]) -> list[dict[str, Any]]:
+def curve(run: Path, task: dict[str, Any], apart: list[LabelledFrame]) -> list[dict[str, Any]]:
     """Labels so far and force RMSE, eV/Å, of some of the versions, the last one that served included."""
     found = []
     for version in spread(served(run)):
-        potential = registry.load(f"painn:{run / version.file}", "cpu")
+        potential = registry.of_version(task["model"], run / version.file, "cpu")
         judged, lost = evaluating.judge(potential, apart)
         errors = [np.ravel(one.forces - one.label.forces) for one in judged]
         rmse = float(np.sqrt(np.mean(np.square(np.concatenate(errors)))))
-        found.append({"labels": known + version.labels, "version": version.number, "rmse": rmse, "not_finite": lost})
+        found.append({"labels": task["known"] + version.labels, "version": version.number, "rmse": rmse, "not_finite": lost})
     return found
 
 
 def served(run: Path) -> list[StoredVersion]:
-    """The versions that were served, in order."""
+    """The versions that were served, in order, up to the one that serves."""
+    last = json.loads((run / "status.json").read_text())["serving_version"]
     with closing(Store(run / FILE, read_only=True)) as store:
-        return [version for version in store.versions() if version.state == "served"]
+        return [version for version in store.versions() if version.state == "served" and version.number <= last]
 
 
 def spread(versions: list[StoredVersion]) -> Iterable[StoredVersion]:

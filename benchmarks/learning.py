@@ -1,0 +1,396 @@
+"""Suite L: learning while serving, against falcon-md in the same run. Cu-Au clusters of 13 and 38 atoms, and EMT as the teacher.
+
+    python benchmarks/learning.py [--quick] [--json FILE] [--plot FILE] [--only PART] [--go-on FILE]      --setup makes .venv-falcon
+
+Both sides move the same atoms (Langevin, 600 K, 5 fs, friction 0.02, open cell) from the same start with the same noise, and have the same
+teacher, which takes 0, 2 or 60 s a label. FALCON (falcon-md 1.3.0, its default GPR, accuracy_e 0.1 eV and for the curves 0.05 and 0.2) has an
+environment of its own, pinned in constraints-falcon.txt, and begins with ten rattled copies (0.05 Å) of the start, labelled. Tumbaga:
+  scratch  a network of the embedded potential's shape, new weights, trained on the same ten; they count as labels
+  biased   the same network pre-trained on 60 frames of a wrong teacher (EMT 3 % too large and a fifth too soft), no label of the right one
+It is used as a user would: `serve` in an ASE script, `flag.force_error` 0.15 eV/Å, a frame in 50 steps at most, labels up to a budget of
+80, or fewer so that there are never more than FALCON had. The packaged painn:cuau-water is no start here: bare metal clusters are outside of
+what it has seen, and the guards refuse its forces within five steps; its error on the frames below is told all the same.
+
+A row of tumbaga goes on past its steps until the budget is spent and no fine-tune is under way, at most as long as a row may last: its steps
+take milliseconds, a fine-tune takes a minute. FALCON's steps wait for labels and trainings; where a label takes seconds it does only the few
+steps that are told, which shows its longest call and nothing of its accuracy.
+
+Judged on 200 frames of the teacher's own dynamics from another seed, the same for both: force RMSE over components; FALCON's model as it is
+in the end, tumbaga's last version that served. "own" is the error of the forces that moved the atoms on the side's own trajectory.
+Pass: no call of tumbaga of 100 ms or more, and none that grows with the delay; `scratch` at delay 0 has a smaller error than FALCON with no
+more labels, at 13 and at 38 atoms.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"  # before numpy and torch are imported
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import _learning_teacher as teacher
+from _machine import described
+from ase import Atoms
+from ase.io import write
+
+from tumbaga.driver import datasets, evaluating, plots, transferring
+from tumbaga.driver.backends import registry
+from tumbaga.online.training import finish
+from tumbaga.online.training.loop import Sets
+from tumbaga.online.versions import write_whole
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = HERE.parent / ".venv-falcon"
+PINS = HERE.parent / "constraints-falcon.txt"
+PEER = ("falcon-md==1.3.0", "agox==3.11.1")
+SHAPE = "painn:cuau-water"  # whose network is trained from new weights
+FALCON, SCRATCH, BIASED, UNTUNED = "falcon", "scratch", "biased", "untuned"
+SEED, OTHER_SEED = 0, 1
+BUDGET, FORCE_ERROR, SPACING = 80, 0.15, 50
+BIASED_FRAMES = 60
+LONGEST_MS, FACTOR = 100.0, 2.0
+FALCON_SLOW_STEPS = {2.0: 20, 60.0: 3}  # steps of FALCON where a label takes so many seconds
+
+
+@dataclass(frozen=True)
+class Length:
+    """How much is measured.
+
+    Attributes:
+        sizes, delays: of the clusters, atoms; of the labels, s.
+        accuracies: of FALCON, eV; the first is the one that is judged.
+        steps: of a row. seconds: that it may take. training: steps of the first training.
+        apart: frames to judge by.
+    """
+
+    sizes: tuple[int, ...]
+    delays: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    steps: int
+    seconds: float
+    training: int
+    apart: int
+
+
+FULL = Length((13, 38), (0.0, 2.0, 60.0), (0.1, 0.05, 0.2), 2000, 900.0, 1000, 200)
+QUICK = Length((13,), (0.0, 2.0), (0.1,), 300, 75.0, 300, 200)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of one side.
+
+    Attributes:
+        side: FALCON, SCRATCH or BIASED. size, delay, accuracy: see `Length`; accuracy is 0 for tumbaga.
+        steps, seconds: done. labels: in the end, the first ten included.
+        rmse: on the frames kept apart, eV/Å. own: of the forces that moved the atoms, eV/Å.
+        p50, p99, longest: of the force calls, ms.
+        within_68, within_90: shares of force errors within the intervals that promise so many per cent.
+        ended: why it ended early; empty if it did not. load: of the machine at its end.
+        curve: (labels, force RMSE). more: what the side tells beside it.
+    """
+
+    side: str
+    size: int
+    delay: float
+    accuracy: float
+    steps: int
+    seconds: float
+    labels: int
+    rmse: float
+    own: float
+    p50: float
+    p99: float
+    longest: float
+    within_68: float
+    within_90: float
+    ended: str
+    load: float
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As --only knows it."""
+        return name_of(self.side, self.size, self.delay, self.accuracy)
+
+
+def name_of(side: str, size: int, delay: float, accuracy: float) -> str:
+    """Return e.g. "falcon-13-0-0.1" or "scratch-38-60"."""
+    return f"{side}-{size}-{delay:g}" + (f"-{accuracy:g}" if accuracy else "")
+
+
+def jobs(length: Length) -> list[tuple[str, int, float, float]]:
+    """Side, size, delay and accuracy of all rows; FALCON before tumbaga, whose budget follows from it."""
+    found: list[tuple[str, int, float, float]] = []
+    for size in length.sizes:
+        for delay in length.delays:
+            found += [(FALCON, size, delay, accuracy) for accuracy in (length.accuracies if not delay else length.accuracies[:1])]
+            found += [(side, size, delay, 0.0) for side in (SCRATCH, BIASED)]
+    return found
+
+
+# -- what both begin with --------------------------------------------------------------------------------------------------------------
+
+
+class Ground:
+    """Frames and first potentials, made when first asked for and kept in the folder of the work."""
+
+    def __init__(self, folder: Path, length: Length) -> None:
+        self.folder, self._length = folder, length
+
+    def apart(self, size: int) -> Path:
+        """The frames that judge."""
+        path = self.folder / f"apart-{size}.extxyz"
+        if not path.exists():
+            _kept(path, teacher.teachers_own(size, OTHER_SEED, self._length.apart))
+        return path
+
+    def model(self, side: str, size: int) -> Path:
+        """The potential that tumbaga begins with."""
+        path = self.folder / f"{side}-{size}.safetensors"
+        if path.exists():
+            return path
+        frames = self.folder / f"{side}-{size}.extxyz"
+        _kept(frames, teacher.labels_of(teacher.rattled(size, SEED)) if side == SCRATCH else teacher.wrong_ones(size, SEED, BIASED_FRAMES))
+        data = datasets.read(str(frames))
+        start, sets = registry.load(SHAPE, "cpu"), Sets(train=data, valid=())
+        tunable = transferring.opened(start, SHAPE, {})
+        epochs = max(1, round(self._length.training / max(1, len(data) * size // 64)))
+        settings = transferring.settings_for(tunable, sets, True, {"seed": SEED, "epochs": epochs, "patience": 0})
+        plan = transferring.Plan(tunable, sets, [], settings, from_scratch=True, compare=False)
+        finish.write(path, transferring.carry_out(plan, self.folder / f"{side}-{size}").potential)
+        return path
+
+
+def _kept(path: Path, frames: Sequence[Atoms]) -> None:
+    whole = path.with_suffix(".part")
+    write(whole, list(frames), format="extxyz")
+    whole.rename(path)
+
+
+def untuned(apart: Path) -> float:
+    """Force RMSE of the packaged potential as it is, eV/Å."""
+    judged, _ = evaluating.judge(registry.load(SHAPE, "cpu"), datasets.read(str(apart)))
+    return teacher.force_rmse([one.forces for one in judged], [_labelled(one) for one in judged])
+
+
+def _labelled(one: Any) -> Atoms:
+    return teacher.with_forces(Atoms(one.frame.numbers, one.frame.positions), one.label.energy, one.label.forces)
+
+
+# -- the two sides ---------------------------------------------------------------------------------------------------------------------
+
+
+def set_up() -> Path:
+    """Make the environment of falcon-md if there is none; it needs no torch."""
+    python = ENVIRONMENT / "bin" / "python"
+    if python.exists() and subprocess.run([python, "-c", "import falcon_md, agox"], capture_output=True, check=False).returncode == 0:
+        return python
+    print(f"making {ENVIRONMENT.name} with {' and '.join(PEER)}: some minutes, agox is compiled", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", *PEER, "-c", PINS], check=True)
+    return python
+
+
+def measured(job: tuple[str, int, float, float], ground: Ground, length: Length, budget: int) -> Row:
+    """Carry out one row in a process of its own."""
+    side, size, delay, accuracy = job
+    task: dict[str, Any] = {"size": size, "seed": SEED, "delay": delay, "seconds": length.seconds, "apart": str(ground.apart(size))}
+    if side == FALCON:
+        steps = min(length.steps, FALCON_SLOW_STEPS.get(delay, length.steps))
+        task |= {"steps": steps, "model": "GPR", "accuracy_e": accuracy, "train_start": 10}
+    else:
+        known = teacher.RATTLED if side == SCRATCH else 0
+        task |= {"steps": length.steps, "model": f"painn:{ground.model(side, size)}", "known": known, "budget": budget - known}
+        task |= {"force_error": FORCE_ERROR, "spacing": SPACING}
+    with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as folder:
+        lines = _ran(side, task, Path(folder))
+    *points, last = lines
+    curve = [(point["labels"], point["rmse"]) for point in points]
+    named = {key: last.pop(key) for key in ("steps", "seconds", "within_68", "within_90", "ended")}
+    times = {"own": last.pop("own_rmse"), "p50": last.pop("p50_ms"), "p99": last.pop("p99_ms"), "longest": last.pop("max_ms")}
+    return Row(
+        side,
+        size,
+        delay,
+        accuracy,
+        labels=curve[-1][0],
+        rmse=curve[-1][1],
+        load=os.getloadavg()[0],
+        curve=curve,
+        more=last,
+        **named,
+        **times,
+    )
+
+
+def _ran(side: str, task: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Run the script of a side and return the lines that it wrote."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH", ""))))}
+    if side == FALCON:
+        python, script = set_up(), "_learning_falcon.py"
+        # ray writes below HOME, and would tell its maker that it was started
+        environment |= {"PYTHONPATH": str(HERE), "HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    else:
+        python, script, task = Path(sys.executable), "_learning_tumbaga.py", {**task, "run": str(folder / "run")}
+    (folder / "task.json").write_text(json.dumps(task))
+    done = subprocess.run(
+        [python, HERE / script, "task.json", "lines.jsonl"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{script} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+
+
+# -- what is told ----------------------------------------------------------------------------------------------------------------------
+
+HEAD = "side     atoms  label s   steps    wall s  labels   RMSE    own   p50 ms   p99 ms   max ms  68 %  90 %   load"
+
+
+def line(row: Row) -> str:
+    side = row.side + (f" {row.accuracy:g}" if row.accuracy and row.accuracy != FULL.accuracies[0] else "")
+    return (
+        f"{side:11s} {row.size:2d} {row.delay:8.0f} {row.steps:7d} {row.seconds:9.0f} {row.labels:7d} {1000 * row.rmse:6.0f} {1000 * row.own:6.0f}"
+        f" {row.p50:8.1f} {row.p99:8.1f} {row.longest:8.1f} {100 * row.within_68:5.0f} {100 * row.within_90:5.0f} {row.load:6.1f}"
+        + (f"  ended: {row.ended[:120]}" if row.ended else "")
+    )
+
+
+def missed(rows: Sequence[Row], length: Length) -> list[str]:
+    """What was to be shown and was not, rows that are not there included."""
+    by_name, faults = {row.name: row for row in rows}, []
+    for size in length.sizes:
+        ours, theirs = (by_name.get(name_of(*job)) for job in ((SCRATCH, size, 0.0, 0.0), (FALCON, size, 0.0, length.accuracies[0])))
+        if ours is None or theirs is None:
+            faults.append(f"{size} atoms not measured")
+        elif not (ours.rmse < theirs.rmse and ours.labels <= theirs.labels):
+            numbers = f"{1000 * ours.rmse:.0f} meV/Å of {ours.labels} labels against {1000 * theirs.rmse:.0f} of {theirs.labels}"
+            faults.append(f"{size} atoms: {numbers}")
+    mine = [row for row in rows if row.side != FALCON]
+    if slow := [row for row in mine if row.longest >= LONGEST_MS]:
+        worst = max(slow, key=lambda row: row.longest)
+        faults.append(
+            f"{len(slow)} of {len(mine)} rows with a call of {LONGEST_MS:.0f} ms or more, the longest {worst.longest:.0f} ms in {worst.name}"
+        )
+    for row in mine:
+        quick = by_name.get(name_of(row.side, row.size, 0.0, 0.0))
+        if quick and row.longest > max(LONGEST_MS, FACTOR * quick.longest):
+            faults.append(f"{row.name}: longest call {row.longest:.0f} ms, {quick.longest:.0f} ms without a delay")
+    faults += [f"{row.name} ended early: {row.ended[:120]}" for row in mine if row.ended]
+    return faults
+
+
+def plot(rows: Sequence[Row], length: Length) -> Any:
+    """Error against labels where labels cost nothing, a panel a size; and the longest call against the delay."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * (len(length.sizes) + 1), 3.8), layout="constrained")
+    *panels, calls = figure.subplots(1, len(length.sizes) + 1)
+    for size, panel in zip(length.sizes, panels, strict=True):
+        for row in (row for row in rows if row.size == size and not row.delay):
+            name = f"FALCON, {row.accuracy:g} eV" if row.side == FALCON else f"tumbaga, {row.side}"
+            panel.plot(*zip(*((n, 1000 * e) for n, e in row.curve), strict=True), ".-", ls="-" if row.side != FALCON else "--", label=name)
+        panel.set(title=f"{size} atoms", xlabel="labels", ylabel="force RMSE, meV/Å", yscale="log")
+        panel.legend(fontsize="small")
+    for side in (FALCON, SCRATCH, BIASED):
+        for size in length.sizes:
+            some = [
+                (row.delay, row.longest)
+                for row in rows
+                if (row.side, row.size) == (side, size) and row.accuracy in (0.0, length.accuracies[0])
+            ]
+            if some:
+                calls.plot(*zip(*some, strict=True), ".-", ls="--" if side == FALCON else "-", label=f"{side}, {size}")
+    calls.axhline(LONGEST_MS, color="0.7", lw=0.8)
+    calls.set(title="longest force call", xlabel="label, s", ylabel="ms", yscale="log")
+    calls.set_xscale("symlog", linthresh=1.0)
+    calls.legend(fontsize="small")
+    return figure
+
+
+def told(rows: Sequence[Row], length: Length, packaged: dict[str, float], commands: Sequence[str]) -> dict[str, Any]:
+    peer = json.loads(subprocess.run([set_up(), "-c", _VERSIONS], capture_output=True, text=True, check=True).stdout)
+    return {
+        "machine": described(),
+        "peer": peer,
+        "commands": list(commands),
+        "length": asdict(length),
+        "settings": {"budget": BUDGET, "force_error": FORCE_ERROR, "spacing": SPACING, "biased_frames": BIASED_FRAMES, "seed": SEED},
+        "untuned_rmse": packaged,
+        "missed": missed(rows, length),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+_VERSIONS = (
+    "import importlib.metadata as m, json; print(json.dumps({k: m.version(k) for k in ('falcon-md', 'agox', 'ase', 'numpy', 'ray')}))"
+)
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str], dict[str, float]]:
+    """Rows, commands and errors of the packaged potential of an earlier --json."""
+    kept = json.loads(path.read_text())
+    return [Row(**row) for row in kept["rows"]], kept["commands"], kept["untuned_rmse"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="13 atoms, no delay of 60 s, fewer steps, shorter trainings; the same checks")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, anew after each row")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the curves there, a PNG; needs matplotlib")
+    parser.add_argument("--only", metavar="PART", default="", help="rows whose name begins so, e.g. scratch-13 or falcon-38-0-0.1")
+    parser.add_argument("--go-on", metavar="FILE", type=Path, help="take the rows of an earlier --json, and measure what it lacks")
+    parser.add_argument("--seconds", metavar="N", type=float, help="that a row may take, instead of 900")
+    parser.add_argument("--work", metavar="DIR", type=Path, help="keep frames and first potentials there, and take those that are there")
+    parser.add_argument("--setup", action="store_true", help="make the environment of falcon-md and stop")
+    options = parser.parse_args()
+    set_up()
+    if options.setup:
+        return 0
+    length = QUICK if options.quick else FULL
+    if options.seconds:
+        length = Length(**{**asdict(length), "seconds": options.seconds})
+    rows, commands, packaged = read_rows(options.go_on) if options.go_on and options.go_on.exists() else ([], [], {})
+    commands.append(shlex.join(["python", "benchmarks/learning.py", *sys.argv[1:]]))
+    with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as scratch:
+        work = options.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        ground = Ground(work, length)
+        print(HEAD, flush=True)
+        for job in jobs(length):
+            known, name, size = {row.name: row for row in rows}, name_of(*job), job[1]
+            if not name.startswith(options.only) or name in known:
+                continue
+            if str(size) not in packaged:
+                packaged[str(size)] = untuned(ground.apart(size))
+            theirs = known.get(name_of(FALCON, size, 0.0, length.accuracies[0]))
+            rows.append(measured(job, ground, length, min(BUDGET, theirs.labels) if theirs else BUDGET))
+            print(line(rows[-1]), flush=True)
+            if options.json:
+                found = evaluating.finite(told(rows, length, packaged, commands))
+                write_whole(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    print("\n".join([HEAD, *map(line, rows)]))
+    print(f"RMSE and own in meV/Å; packaged {SHAPE} as it is: " + ", ".join(f"{1000 * e:.0f} at {n} atoms" for n, e in packaged.items()))
+    if options.plot and plots.available():
+        plots.write(options.plot.parent, {options.plot.name: plot(rows, length)}, "--plot")
+    if faults := missed(rows, length):
+        print(f"MISSED: {'; '.join(faults)}")
+        return 1
+    print("passed: smaller errors than falcon-md with no more labels, and no force call that waits for a label or a training")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
