@@ -70,7 +70,8 @@ class Progress:
             f"{engine['temperature']:.0f} K" if engine.get("temperature") is not None else "",
             f"±{status['uncertainty']['last']:.2f} eV/Å",
             f"labels {labels['pending']} queued {labels['running']} running {labels['converged']} done"
-            + (f" {labels['failed']} failed" if labels["failed"] else ""),
+            + (f" {labels['failed']} failed" if labels["failed"] else "")
+            + (f" {labels['quarantined']} set aside" if labels.get("quarantined") else ""),
             f"version {status['serving_version']}",
             f"longest call {status['call_ms']['max']:.0f} ms",
         ]
@@ -129,7 +130,7 @@ def _learning(run_dir: Path, status: dict[str, Any]) -> list[str]:
     except StoreError as error:  # the run is over and has its summary, whatever became of this file
         return [f"  ! {error}"]
     try:
-        labels, failures, counts = store.labels(), store.failures(), store.counts()
+        labels, failures, counts, aside = store.labels(), store.failures(), store.counts(), store.quarantined()
     finally:
         store.close()
     lines = [
@@ -139,6 +140,7 @@ def _learning(run_dir: Path, status: dict[str, Any]) -> list[str]:
         seconds = [stored.label.seconds for stored in labels]
         lines[-1] += f"; {labels[0].label.method}, {sum(seconds) / len(seconds):.1f} s each"
     lines += [f"    frame {frame} failed: {reason}" for frame, reason in failures[-3:]]
+    lines += [f"    frame {one.stored.frame_id} set aside: {one.reason}" for one in aside[-3:]]
     lines.append(f"  versions: {status['versions'] - 1} new, {status['swaps']} swapped in, {status['serving_version']} serves")
     lines += _errors(status["force_rmse"])
     return lines
@@ -162,10 +164,26 @@ def status_text(run_dir: Path, status: dict[str, Any]) -> str:
         f"  steps          {status['steps']} in {status['seconds']:.0f} s, {status['force_calls']} force calls",
         f"  force call     median {ms['p50']:.2f} ms, 99 % within {ms['p99']:.2f} ms, longest {ms['max']:.1f} ms",
         f"  uncertainty    {status['uncertainty']['last']:.3f} eV/Å now, {status['uncertainty']['max']:.3f} at most",
-        f"  labels         {labels['pending']} queued, {labels['running']} running, {labels['converged']} converged, {labels['failed']} failed",
+        f"  labels         {labels['pending']} queued, {labels['running']} running, {labels['converged']} converged, {labels['failed']} failed"
+        + (f", {labels['quarantined']} set aside" if labels.get("quarantined") else ""),
         f"  restarts       {', '.join(f'{name} {count}' for name, count in restarts.items() if count) or 'none'}",
     ]
+    lines += _quarantine(run_dir, status)
+    lines += [f"  budget         {note}" for note in status.get("notes", [])]
     lines += _errors(status["force_rmse"])
     lines += [f"  session        {s['name']}: {s['state']}, {s['forces']} forces" for s in status["sessions"]]
     lines += [f"  ! {error}" for error in status["errors"]]
     return "\n".join(lines)
+
+
+def _quarantine(run_dir: Path, status: dict[str, Any]) -> list[str]:
+    """Labels that were set aside, with their reasons."""
+    if not status["labels"].get("quarantined"):
+        return []
+    try:
+        with Store(run_dir / FILE, read_only=True) as store:
+            aside = [one for one in store.quarantined() if one.state == "held"]
+    except StoreError as error:
+        return [f"  ! {error}"]
+    lines = [f"  set aside      frame {one.stored.frame_id}: {one.reason}" for one in aside]
+    return [*lines, f"                 to believe one or have it done again: tumbaga label {run_dir} --release FRAME, --retry FRAME"]

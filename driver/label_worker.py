@@ -20,6 +20,7 @@ from tumbaga.driver import config as configs
 from tumbaga.driver import devices, process
 from tumbaga.driver.client_labels import ClientLabeller, ClientPool, make_labeller
 from tumbaga.driver.label_process import LocalPool, Log, Pool, Terms, prefix_of
+from tumbaga.driver.label_work import told
 from tumbaga.online import spool
 from tumbaga.online.errors import OnlineError
 from tumbaga.online.records import Frame, Label
@@ -135,7 +136,7 @@ def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log) -> P
 
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Ask for frames and label them until told to leave."""
-    settings = configs.load(run_dir)
+    settings, _ = told(run_dir, sys.argv[3:])
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, sys.argv[2])
     pool = make_pool(run_dir, sys.argv[2], settings, reporter.log)

@@ -15,7 +15,7 @@ from tumbaga.socket_protocol import bus
 
 _ATTEMPTS, _PAUSE_S = 5, 0.05
 LOCK, STATUS = "lock", "status.json"
-_ALIVE = ("starting", "running", "finishing labels", "stopping")  # states of a run that somebody holds
+_ALIVE = ("starting", "running", "labelling", "finishing labels", "stopping")  # states of a run that somebody holds
 
 
 class RunDir:

@@ -282,6 +282,7 @@ class Learner:
 
     def _trusted_fit(self) -> last_layer.Fit:
         """The fit to all training labels, once those that the others contradict are set aside, the worst one first."""
+        self._forget_what_was_set_aside()
         released = self._store.released()
         spared = [one for one, stored in self._sources.items() if stored.id in released]
         while True:
@@ -290,6 +291,14 @@ class Learner:
             if found is None:
                 return fitted
             self._set_aside(*found)
+
+    def _forget_what_was_set_aside(self) -> None:
+        """Another learner on the same store may have judged meanwhile: one behind a network that was just trained."""
+        known = set(self._store.label_ids(self._method))
+        gone = {one for one, stored in self._sources.items() if stored.id not in known}
+        for role, labels in self.sets.items():
+            self.sets[role] = [one for one in labels if one not in gone]
+        self._sources = {one: stored for one, stored in self._sources.items() if one not in gone}
 
     def _fit(self, labels: Sequence[Labelled]) -> last_layer.Fit:
         return last_layer.fit(labels, self._base, self._settings, mean_h2=self._mean_h2)
