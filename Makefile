@@ -46,7 +46,7 @@ sevennet: $(GUEST)/installed  ## the tests of the SevenNet back end, in an envir
 
 mace: $(MACE)/installed  ## the tests of the MACE back end, in an environment of its own
 	@echo "== tests of the MACE back end"
-	$(MACE)/bin/pytest -q tests/driver/test_mace.py
+	$(MACE)/bin/pytest -q tests/driver/test_mace.py tests/driver/test_exporting.py
 
 chgnet: $(CHGNET)/installed  ## the tests of the CHGNet back end, in an environment of its own
 	@echo "== tests of the CHGNet back end"
@@ -64,7 +64,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "== installing what the tests need"
-	$(PIP) install --progress-bar off -q -c constraints.txt -e '.[dev,xtb]'
+	$(PIP) install --progress-bar off -q -c constraints.txt -e '.[dev,xtb,export]'
 	@touch $@
 
 $(GUEST)/installed: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""The command line: run, serve, status, stop, doctor, evaluate, transfer. Every mistake of a user is one sentence and an exit code."""
+"""The command line. Every mistake of a user is one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from tumbaga.driver import cli_evaluate, cli_transfer
+from tumbaga.driver import cli_evaluate, cli_export, cli_transfer
 from tumbaga.driver import config as configs
 from tumbaga.driver.errors import ConfigError, DriverError, RunDirError
 
@@ -255,6 +255,8 @@ def doctor() -> None:
 
 app.command()(cli_evaluate.evaluate)
 app.command()(cli_transfer.transfer)
+app.command()(cli_export.export)
+app.command("import")(cli_export.import_)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ from tumbaga.driver.errors import ConfigError, DataError
 from tumbaga.online.errors import BadFrameError
 from tumbaga.online.records import Array, Frame, Label, LabelledFrame
 
-__all__ = ["ENERGIES", "FORCES", "FORMATS", "STRESSES", "VIRIALS", "Reading", "files", "read", "stream"]
+__all__ = ["ENERGIES", "FORCES", "FORMATS", "SAID", "STRESSES", "VIRIALS", "Reading", "files", "read", "stream"]
 
 _MAKERS: Final = ("", "REF_", "ref_", "dft_", "DFT_")
 ENERGIES: Final = (*(f"{maker}energy" for maker in _MAKERS), "Energy", "total_energy")
 FORCES: Final = (*(f"{maker}forces" for maker in _MAKERS), "Forces", "force", "REF_force", "dft_force")
 STRESSES: Final = tuple(f"{maker}stress" for maker in _MAKERS)
 VIRIALS: Final = (*(f"{maker}virial" for maker in _MAKERS), "virials")
+SAID: Final = ("method", "role", "label_seconds")  # kept as the label's details
 FORMATS: Final = {
     ".extxyz": "extended XYZ",
     ".xyz": "extended XYZ",
@@ -127,6 +128,11 @@ def files(path: str | Path) -> list[Path]:
     return [path]
 
 
+def _said(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a label besides its numbers, as `tumbaga export` writes it."""
+    return {name: results[name] for name in SAID if isinstance(results.get(name), str | int | float)}
+
+
 # -- helpers ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +185,7 @@ def _checked(path: Path, number: int, raw: Raw, how: Reading) -> LabelledFrame:
         frame = Frame(np.asarray(raw.numbers), np.asarray(raw.positions), cell if periodic else np.zeros((3, 3)), periodic)
         energy = float(_numbers(_one(raw.results, how.energy, ENERGIES, "energy"), "energy", ())) - raw.reference
         forces = _numbers(_one(raw.results, how.forces, FORCES, "forces"), "forces", (len(frame), 3))
-        label = Label(energy, forces, how.method, 0.0, virial=_virial(raw.results, how.stress, frame))
+        label = Label(energy, forces, how.method, 0.0, _said(raw.results), virial=_virial(raw.results, how.stress, frame))
     except BadFrameError as error:
         raise DataError(where, f"{error}", number) from error
     return LabelledFrame(frame, label, f"{path.name}#{number}")
