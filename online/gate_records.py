@@ -114,6 +114,8 @@ class Limits:
         drift_ratio, drift_extra: replay RMSE over, or eV/Å above, the serving version's; the larger counts.
         drift_share: replay RMSE up to this share of the error that the original has on the labels (median over labels) is no forgetting:
             where the level of theory changes, forces change everywhere, and a serving version that is the original has no drift at all.
+            On rattled frames a true change was 1.3 to 1.8 times, in one kind of change up to 2.8 times, as large as on frames of the run
+            (measured, embedded potential against copies with other weights).
         drift_force: atoms on which the original's force is larger are left out, eV/Å: they would outweigh all others, and the
             scans of pairs look after them.
         wall: a pair counts as repulsive where the original pushes it apart by more, eV/Å.
@@ -140,7 +142,7 @@ class Limits:
     class_least: int = 2
     drift_ratio: float = 1.2
     drift_extra: float = 0.05
-    drift_share: float = 1.0
+    drift_share: float = 2.0
     drift_force: float = 10.0
     wall: float = 5.0
     wall_share: float = 0.3
