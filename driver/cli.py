@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from tumbaga.driver import cli_evaluate, cli_export, cli_transfer
+from tumbaga.driver import cli_evaluate, cli_export, cli_label, cli_transfer
 from tumbaga.driver import config as configs
 from tumbaga.driver.errors import ConfigError, DriverError, RunDirError
 
@@ -62,6 +62,14 @@ CriticalOption = Annotated[
         help="Frames far above the force error: answer now and label later, let the engine wait until the label is learnt, or end the session.",
     ),
 ]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other setting, such as learn.finetune_every=4, written as in tumbaga.toml of a run directory; can be repeated.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")]
 
 
@@ -80,6 +88,7 @@ def run(
     executor: ExecutorOption = None,
     critical: CriticalOption = None,
     no_learn: NoLearnOption = False,
+    changes: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Run a packaged example: an engine, the server and the learner together.
@@ -103,7 +112,7 @@ def run(
     settings = _with(settings, force_error, label, executor, labels, critical, no_learn)
     made = engines.make(engine, folder, str(EXAMPLES[example]), engines.Dynamics(steps, temperature, seed=seed))
     settings = msgspec.structs.replace(settings, serve=configs.Serve(connect=(made.address,)))
-    _carry_out(folder, settings, made, steps, quiet)
+    _carry_out(folder, configs.changed(settings, changes or ()), made, steps, quiet)
 
 
 @app.command()
@@ -153,6 +162,7 @@ def serve(
     critical: CriticalOption = None,
     labels: LabelsOption = None,
     seed: SeedOption = 0,
+    changes: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Serve forces to engines that you start yourself: i-PI, or ASE with a SocketIOCalculator.
@@ -203,7 +213,8 @@ def serve(
     if not connected.connect:
         raise ConfigError("serve", "needs an address: -u -a NAME for a unix socket, -a HOST -p PORT for tcp, or --connect")
     settings = msgspec.structs.replace(settings, potential=potential, serve=connected)
-    _carry_out(folder, _with(settings, force_error, label, executor, labels, critical, no_learn), None, None, quiet)
+    settings = _with(settings, force_error, label, executor, labels, critical, no_learn)
+    _carry_out(folder, configs.changed(settings, changes or ()), None, None, quiet)
 
 
 @app.command()
@@ -255,6 +266,7 @@ def doctor() -> None:
 
 app.command()(cli_evaluate.evaluate)
 app.command()(cli_transfer.transfer)
+app.command()(cli_label.label)
 app.command()(cli_export.export)
 app.command("import")(cli_export.import_)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -94,6 +95,9 @@ class Label(_Section, frozen=True):
         workers: labels at a time.
         cores: of each label; its libraries use so many threads.
         budget: labels at most in the life of the run directory, failed ones included; 0 for none.
+        core_hours: cores times hours that all labels together may take, in vain or not; 0 for no limit. Labels under way are finished.
+        max_force: a label with a larger force on an atom is set aside, eV/Å; 0 for no bound.
+        net_force: so is that of an isolated frame whose forces add up to more than this times sqrt(atoms), eV/Å; 0 for no bound.
         time_limit: seconds after which a label is killed and recorded as failed.
         memory_gb: 10⁹ bytes of memory at which a label is killed and recorded as failed; 0 for no limit.
         attempts: how often a label is tried again when its worker dies.
@@ -105,6 +109,9 @@ class Label(_Section, frozen=True):
     workers: int = 1
     cores: int = 1
     budget: int = 200
+    core_hours: float = 0.0
+    max_force: float = 30.0
+    net_force: float = 0.05
     time_limit: float = 1800.0
     memory_gb: float = 0.0
     attempts: int = 2
@@ -123,6 +130,7 @@ class Learn(_Section, frozen=True):
         ramp_steps: force calls over which a session moves to a new version.
         ramp_pause: force calls between the end of a ramp and the start of the next.
         finetune_every: new training labels after which all weights are trained in the background; 0 for never.
+        finetune_steps: of each such training; 0 for 1000, or 150 of a foundation model.
         finetune_frozen: groups of parameters that stay as they are then, such as "embedding" or "interactions.0" (see docs/transfer.md).
         finetune_device: "cpu", or "cuda" to train on a GPU, beside the force calls.
     """
@@ -131,6 +139,7 @@ class Learn(_Section, frozen=True):
     ramp_steps: int = 200
     ramp_pause: int = 500
     finetune_every: int = 8
+    finetune_steps: int = 0
     finetune_frozen: tuple[str, ...] = ()
     finetune_device: str = "cpu"
 
@@ -190,10 +199,14 @@ class Config(_Section, frozen=True):
             ("label.cores", self.label.cores, 1),
             ("label.memory_gb", self.label.memory_gb, 0),
             ("label.budget", self.label.budget, 0),
+            ("label.core_hours", self.label.core_hours, 0),
+            ("label.max_force", self.label.max_force, 0),
+            ("label.net_force", self.label.net_force, 0),
             ("label.attempts", self.label.attempts, 1),
             ("learn.ramp_steps", self.learn.ramp_steps, 1),
             ("learn.ramp_pause", self.learn.ramp_pause, 0),
             ("learn.finetune_every", self.learn.finetune_every, 0),
+            ("learn.finetune_steps", self.learn.finetune_steps, 0),
             ("serve.max_refusals", self.serve.max_refusals, 1),
             ("serve.connections", self.serve.connections, 1),
             ("serve.window_ms", self.serve.window_ms, 0),
@@ -231,6 +244,38 @@ def parse(text: str, where: str) -> Config:
         raise ConfigError(where, f"is not valid TOML: {error}") from error
     except msgspec.ValidationError as error:
         raise ConfigError(where, f"{error}") from error
+
+
+def changed(config: Config, changes: Sequence[str]) -> Config:
+    """Return a configuration with some keys set as "section.key=value"; values are written as in TOML, texts with or without quotes.
+
+    Raises:
+        ConfigError: no such key, or a value that does not fit; names the key.
+
+    >>> changed(Config(), ["learn.finetune_every=4", "label.options.xc=pbe0"]).label.options
+    {'xc': 'pbe0'}
+    """
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        *sections, last = key.strip().split(".")
+        place: Any = plain
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if not equals or not isinstance(place, dict) or not last:
+            raise ConfigError("--set", f"cannot read {change!r}; write section.key=value, for example learn.finetune_every=4")
+        place[last] = _value(text.strip())
+    try:
+        return msgspec.convert(plain, Config).check()
+    except msgspec.ValidationError as error:
+        raise ConfigError("--set", f"{error}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def load(run_dir: Path) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,14 +13,18 @@ from tumbaga.driver.backends import registry
 from tumbaga.driver.errors import PotentialError
 from tumbaga.driver.finetuning import Order, Result
 from tumbaga.online import versions
+from tumbaga.online.gate_records import Check
 from tumbaga.online.ports import Trainable, Tunable
 from tumbaga.online.records import Role
 from tumbaga.online.store import Store, StoredVersion
+from tumbaga.online.store.labels import StoredLabel
 from tumbaga.online.store.versions import Gate
 
 FINE_TUNE: Final = "fine-tune"
 FAILED: Final = "fine-tune failed"  # event
 _NUMBER: Final = "fine_tune"  # of a version's metrics: the order that it came of
+_NOW: Final = "serving now"  # name of the last check
+_WORSE, _NEGLIGIBLE = 1.05, 0.003  # a candidate may be so much worse, relative and eV/Å: it was not fitted to the newest labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +115,55 @@ class FineTunes:
         """Orders since the last one that the gate passed."""
         passed = [v.metrics.get(_NUMBER, 0) for v in self._store.versions() if v.kind == FINE_TUNE and v.state != "refused"]
         return (self._last.number if self._last else 0) - max(passed, default=0)
+
+
+class Before:
+    """How good the potential was that the run began with, on the labels of the run; what later versions are told against.
+
+    Args:
+        potential: that one.
+        store, method: of the labels.
+    """
+
+    def __init__(self, potential: Trainable, store: Store, method: str) -> None:
+        self._potential, self._store, self._method = potential, store, method
+        self._seen = 0
+        self._squares: dict[int, tuple[Role, float, int]] = {}  # by label: its role, sum of squared errors and how many components
+
+    def errors(self, labels: int) -> dict[str, object]:
+        """Force RMSE (component, eV/Å) on training and held-out labels; None where there is none.
+
+        Args:
+            labels: how many there are; they are read only when that has changed.
+        """
+        if labels != self._seen:
+            known, self._seen = self._squares, labels
+            self._squares = {one.id: known.get(one.id) or self._judged(one) for one in self._store.labels(self._method)}
+        found: dict[str, object] = {}
+        for role in Role:
+            mine = [(square, count) for of, square, count in self._squares.values() if of is role]
+            total = sum(count for _, count in mine)
+            found[f"{role.value}_rmse_base"] = math.sqrt(sum(square for square, _ in mine) / total) if total else None
+        return found
+
+    def _judged(self, one: StoredLabel) -> tuple[Role, float, int]:
+        (said,) = self._potential.predict([one.frame])
+        return one.role, float(((said.forces - one.label.forces) ** 2).sum()), said.forces.size
+
+
+def no_worse(before: object, after: object, since: int) -> Check:
+    """Hold a candidate, with the last-layer update that it would get at once, against what serves by now.
+
+    Args:
+        before, after: force RMSE on all held-out labels, eV/Å; None where there are none.
+        since: training labels that came while it was trained.
+    """
+    numbers = {"serving_rmse": before, "candidate_rmse": after, "labels_since": since}
+    if not (isinstance(before, float) and isinstance(after, float)):
+        return Check(_NOW, True, {"labels_since": since}, "there are no held-out labels to hold it against what serves now")
+    passed = after <= _WORSE * before + _NEGLIGIBLE
+    told = f"force RMSE {after:.4f} eV/Å on the held-out labels, {before:.4f} of what serves now, {since} labels later"
+    return Check(_NOW, passed, {key: value for key, value in numbers.items() if isinstance(value, (int, float))}, told)
 
 
 def brought_by(store: Store, network: str, number: int) -> StoredVersion | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from tumbaga.driver import learner_finetune, process
 from tumbaga.driver.backends import registry
 from tumbaga.driver.client_labels import make_labeller
 from tumbaga.driver.errors import PotentialError
+from tumbaga.driver.finetuning import Result
+from tumbaga.driver.label_work import Work, told
 from tumbaga.driver.learner_finetune import Candidate, FineTunes
 from tumbaga.driver.rollout import read_serving
-from tumbaga.online import selection, spool, versions
+from tumbaga.online import quality, selection, spool, versions
 from tumbaga.online.errors import VersionError
 from tumbaga.online.learner import Learner, Proposal, rmse_text
 from tumbaga.online.ports import Trainable
@@ -32,6 +35,11 @@ from tumbaga.online.versions import LastLayer
 from tumbaga.socket_protocol import bus
 
 _BEAT_S = 0.5
+_PROBLEMS = {
+    "labelled": "",
+    "pending": "no label is begun any more: their core-hours are spent",
+    "quarantined": "the label cannot be trusted and was set aside",
+}
 _CANDIDATES_A_TURN = 1  # each costs force rows: labels and workers must not wait behind many
 
 
@@ -43,19 +51,26 @@ class LearnerProcess:
         settings: of the run.
         context: zmq.
         reporter: to the supervisor.
+        work: which frames are given to workers.
     """
 
     def __init__(
-        self, run_dir: Path, settings: configs.Config, context: zmq.Context[zmq.Socket[bytes]], reporter: process.Reporter
+        self,
+        run_dir: Path,
+        settings: configs.Config,
+        context: zmq.Context[zmq.Socket[bytes]],
+        reporter: process.Reporter,
+        work: Work | None = None,
     ) -> None:
-        self._run_dir, self._settings, self._reporter = run_dir, settings, reporter
+        self._run_dir, self._settings, self._reporter, self._work = run_dir, settings, reporter, work or Work()
         self._potential = _trainable(settings.potential)
         self._store = Store(run_dir / FILE)
-        limits = selection.Limits(settings.flag.force_error, settings.label.budget)
+        limits = selection.Limits(settings.flag.force_error, settings.label.budget, settings.label.core_hours)
         method = make_labeller(settings.label.method, **settings.label.options).method
         self._first, self._limits, self._method = self._potential, limits, method
         self._origin = self._network = learner_finetune.network_of(self._first)
         self._learner = self._made(self._first)
+        self._before = learner_finetune.Before(self._first, self._store, method)
         self._fine_tunes = FineTunes(run_dir, settings, self._store, learner_finetune.can_be_tuned(self._first))
         self._version, self._path = 0, ""
         self._unlearnt = False
@@ -63,6 +78,7 @@ class LearnerProcess:
         self._resume()
         self._busy: dict[str, bus.WorkerBusy] = {}
         self._awaited: dict[int, bus.Candidate] = {}  # frames whose engines wait for the label
+        self._found = self._store.counts()["converged"]  # labels that were there when this process began
         self._sent: set[int] = set()  # tasks that this process gave out; what an earlier one had on its way went down with it
         self.draining = False
         self._due = 0.0
@@ -71,6 +87,10 @@ class LearnerProcess:
 
     def _resume(self) -> None:
         """Serve what served last, and learn what arrived since."""
+        names = {f"label-{index}" for index in range(self._settings.label.workers)}
+        for task in self._store.running():
+            if task.worker not in names:  # of an earlier start, which was killed and had more of them: nobody else will ask for it
+                self._store.task_lost(task.task, self._settings.label.attempts, self._settings.label.time_limit)
         known = self._store.versions()
         if not known:
             self._add_base()
@@ -78,9 +98,8 @@ class LearnerProcess:
             return
         self._serve_newest()
         self._learner.quantile = replace(self._learner.quantile, q=read_serving(self._run_dir).quantile)
-        # labels that were stored when an earlier process died, but not learnt from
-        if self._learner.n_labels > max(version.labels for version in known):
-            self._unlearnt = True
+        # labels that were stored when an earlier process died, or released since, and labels that were set aside
+        self._unlearnt = self._store.label_ids(self._method, Role.TRAIN) != self._store.version_labels(known[-1].number)
 
     def _serve_newest(self) -> None:
         """Serve the newest version that is whole and was not refused, else the base."""
@@ -101,7 +120,12 @@ class LearnerProcess:
 
     def _made(self, potential: Trainable) -> Learner:
         """A learner for a network, taught all labels there are."""
-        return Learner(potential, self._store, self._limits, self._method)
+        bounds = quality.Bounds(self._settings.label.max_force, self._settings.label.net_force)
+        return Learner(potential, self._store, self._limits, self._method, bounds=bounds, tell=self._told)
+
+    def _told(self, event: str, **detail: Any) -> None:
+        self._reporter.log("warning", event, **detail)
+        self._store.add_event(event, **detail)
 
     def _stand_behind(self, network: str, number: int) -> None:
         """Learn behind the network of a version, whichever fine-tune brought it.
@@ -193,10 +217,10 @@ class LearnerProcess:
         """Tell the gateway of frames that an engine waits for and whose labels have ended; the version that knows them was told before."""
         for frame_id, message in list(self._awaited.items()):
             state = self._store.label_state(self._store.frame(frame_id).key)
-            if state is None or state[1] in ("pending", "running"):
+            if state is None or state[1] == "running" or (state[1] == "pending" and not self._learner.exhausted):
                 continue
             del self._awaited[frame_id]
-            self._settle(message, "" if state[1] == "labelled" else f"the label {state[1]}")
+            self._settle(message, _PROBLEMS.get(state[1], f"the label {state[1]}"))
 
     def _settle(self, message: bus.Candidate, problem: str) -> None:
         self.gateway.send(bus.Settled(message.session, message.ticket, self._version, problem))
@@ -229,12 +253,13 @@ class LearnerProcess:
             if task.task in self._sent and task.pid == worker.pid and worker.seen < task.task:
                 return  # it is on its way to the worker
             # a label that ended is in the spool, and thereby no longer running: this one died with its worker
-            again = self._store.task_lost(task.task, self._settings.label.attempts)
+            again = self._store.task_lost(task.task, self._settings.label.attempts, self._settings.label.time_limit)
             self._reporter.log("warning", "label lost", frame=task.frame, again=again)
-        chosen = None if self.draining else self._learner.next_frame()
+        enough = self._work.most and len(self._sent) >= self._work.most
+        chosen = None if self.draining or enough else self._learner.next_frame(self._work.strategy)
         if chosen is not None:
             frame = self._store.frame(chosen.frame)
-            number = self._store.start_task(chosen.frame, worker.name, worker.pid, chosen.role)
+            number = self._store.start_task(chosen.frame, worker.name, worker.pid, chosen.role, self._settings.label.cores)
             task_message = bus.Task(number, chosen.frame, frame.key, frame.periodic)
             if self.workers.send(task_message, [frame.numbers, frame.positions, frame.cell], to=sender):
                 self._sent.add(number)
@@ -319,6 +344,7 @@ class LearnerProcess:
         network, learner = learner_finetune.network_of(potential), self._made(potential)
         learner.quantile = self._learner.quantile
         learner.settle()
+        result = self._judged_now(result, learner)
         number = max(v.number for v in self._store.versions()) + 1
         layer = LastLayer(learner.readout, learner.covariance, {"parent": result.order.parent, **(result.metrics or {})})
         file = versions.write(self._run_dir, number, potential.state(), layer, potential.metadata, self._origin)
@@ -328,12 +354,24 @@ class LearnerProcess:
         self._reporter.log(
             "info" if result.passed else "warning", "fine-tune " + state, version=number, reason=result.reason, **(result.metrics or {})
         )
-        if not result.passed:
-            return
-        self._potential, self._network, self._learner = potential, network, learner
-        self._publish(number, file.path)
-        if len(self._store.label_ids(self._method, Role.TRAIN)) > len(result.order.train):
-            self._update()  # labels that came while it was trained
+        if result.passed:
+            self._potential, self._network, self._learner = potential, network, learner
+            self._publish(number, file.path)
+            if len(self._store.label_ids(self._method, Role.TRAIN)) > len(result.order.train):
+                self._update()  # labels that came while it was trained
+        self._order_fine_tune()
+
+    def _judged_now(self, result: Result, learner: Learner) -> Result:
+        """The gate held the candidate against the version that it started from; by now another may serve, and more labels are in hand."""
+        since = len(self._store.label_ids(self._method, Role.TRAIN)) - len(result.order.train)
+        proposal = learner.update() if since else None
+        readout = proposal.readout if isinstance(proposal, Proposal) else learner.readout
+        before, after = (
+            one.errors(weights)["holdout_rmse"] for one, weights in ((self._learner, self._learner.readout), (learner, readout))
+        )
+        check = learner_finetune.no_worse(before, after, since)
+        reason = result.reason if check.passed else f"{check.name}: {check.reason}"
+        return replace(result, passed=result.passed and check.passed, reason=reason, checks=(*result.checks, check))
 
     def _note_serving(self) -> None:
         """On disk for a gateway that starts later, without the learner, and for whoever evaluates the version in another process."""
@@ -348,11 +386,21 @@ class LearnerProcess:
     def _tell_gateway(self) -> None:
         self.gateway.send(bus.Serve(self._version, self._path, self._scale(), self._learner.quantile.q))
 
+    def _notes(self) -> list[str]:
+        """What a person should know of the budget; each is kept as an event, once."""
+        notes = self._learner.notes()
+        for note in set(notes) - {said["said"] for said in self._store.events("budget")}:
+            self._told("budget", said=note)
+        return notes
+
     def _report(self) -> None:
         counts = self._store.counts()
-        errors = self._learner.errors(self._learner.readout)
+        errors = self._learner.errors(self._learner.readout) | self._before.errors(self._learner.n_labels)
         state: dict[str, Any] = {
-            "labels": {key: counts[key] for key in ("pending", "running", "converged", "failed")},
+            "labels": {key: counts[key] for key in ("pending", "running", "converged", "failed", "quarantined")},
+            "notes": self._notes(),
+            "begun": len(self._sent),
+            "waiting": 0 if self._learner.exhausted else sum(q.strategy == self._work.strategy for q in self._store.pending()),
             "dropped": counts["dropped"],
             "flags": counts["flags"],
             "versions": len(self._store.versions()),
@@ -362,6 +410,7 @@ class LearnerProcess:
             "errors_text": rmse_text(errors, ["holdout_rmse_base", "holdout_rmse"]),
             "workers": {name: {"task": busy.task, "seconds": round(busy.seconds, 1)} for name, busy in self._busy.items()},
             "draining": self.draining,
+            "answered": {"learner": os.getpid()} if counts["converged"] > self._found else {},
         }
         self._reporter.state(**state)
 
@@ -378,7 +427,8 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     os.nice(5)  # the simulation comes first
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, "learner")
-    learner = LearnerProcess(run_dir, configs.load(run_dir), context, reporter)
+    settings, work = told(run_dir, sys.argv[2:])
+    learner = LearnerProcess(run_dir, settings, context, reporter, work)
 
     def drain(*_: object) -> None:
         learner.draining = True

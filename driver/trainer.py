@@ -92,7 +92,7 @@ def carry_out(run_dir: Path, order: Order, settings: configs.Config, observe: Ob
     chosen: dict[str, Any] = {"seed": order.number, "replay": REPLAY, "replay_weight": REPLAY_WEIGHT, "patience": 0}
     if settings.learn.finetune_frozen:
         chosen["frozen"] = settings.learn.finetune_frozen
-    training = transferring.settings_for(found.serving, sets, False, chosen)
+    training = transferring.settings_for(found.serving, sets, False, chosen, settings.learn.finetune_steps)
 
     def told(line: dict[str, Any]) -> None:
         observe({"doing": "training", "epoch": line["epoch"] + 1, "epochs": training.epochs, "force_rmse": line.get("train_force_rmse")})

@@ -134,10 +134,11 @@ def check_elements(potential: Potential, data: Sequence[LabelledFrame]) -> None:
         raise ConfigError("DATA", f"{told}, e.g. --map {chemical_symbols[strange[0]]}={near}")
 
 
-def settings_for(start: Tunable, sets: Sets, from_scratch: bool, chosen: dict[str, Any]) -> Settings:
+def settings_for(start: Tunable, sets: Sets, from_scratch: bool, chosen: dict[str, Any], steps: int = 0) -> Settings:
     """Return settings: what was chosen, and for the rest what suits the size of the model and the number of labels.
 
-    A training has 1000 steps (150 for a foundation model), so few labels get many epochs; `patience` is a third of the epochs, at least 30.
+    A training has 1000 steps (150 for a foundation model) if `steps` is 0, so few labels get many epochs; `patience` is a third of the
+    epochs, at least 30.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -152,9 +153,9 @@ def settings_for(start: Tunable, sets: Sets, from_scratch: bool, chosen: dict[st
         # the first epoch stands for all: how frames fall into batches changes little
         tuning, reference = start.tuning(), np.zeros(len(start.spec.elements))
         new, old = (samples(tuning, start.spec.elements, data, reference) for data in (sets.train, sets.replay))
-        steps = len(in_batches(epoch_order(new, old, first.replay, first.seed, 0), first.batch_atoms))
-        wanted = STEPS_LARGE if large and not from_scratch else STEPS
-        first = replace(first, epochs=min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(wanted / max(1, steps)))))
+        an_epoch = len(in_batches(epoch_order(new, old, first.replay, first.seed, 0), first.batch_atoms))
+        wanted = steps or (STEPS_LARGE if large and not from_scratch else STEPS)
+        first = replace(first, epochs=min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(wanted / max(1, an_epoch)))))
     return first if "patience" in chosen else replace(first, patience=max(30, first.epochs // 3))
 
 
