@@ -249,6 +249,9 @@ class ClientPool:
         self.turn()
         return future
 
+    def saved(self, frame: Frame) -> None:
+        """Nothing is kept here."""
+
     def fileno(self) -> int:
         """For a poller: readable when `turn` has something to do."""
         return self._labeller.fileno()

@@ -9,6 +9,7 @@ other side.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -33,12 +34,17 @@ _MOST_TEXT: Final = 2000  # characters of a foreign error that are kept
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
-    """The first message: how this process is to label. `idle_s` is how long it waits for a frame before it leaves, 0 for ever."""
+    """The first message: how this process is to label.
+
+    `idle_s` is how long it waits for a frame before it leaves, 0 for ever. In the folder `keep`, unless empty, each answer is kept as a file
+    from before it is sent: whoever asked may be gone, and the next one find it.
+    """
 
     method: str
     options: dict[str, Any]
     cores: tuple[int, ...]  # that it may use; empty for all
     idle_s: float
+    keep: str = ""
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -84,6 +90,12 @@ def told(label: Label) -> bytes:
 def failed(reason: str) -> bytes:
     """Return the message that says why there is no label."""
     return msgspec.msgpack.encode(Told(failure=reason[:_MOST_TEXT] or "it failed without a word"))
+
+
+def kept_file(folder: str, method: str, options: dict[str, Any], ask: bytes) -> Path:
+    """Return where the answer to an ask is kept."""
+    asked_of = msgspec.json.encode([method, options], order="deterministic")
+    return Path(folder) / f"{hashlib.sha256(asked_of + ask).hexdigest()[:32]}.answer"
 
 
 def label_of(answer: bytes) -> Label:
@@ -186,6 +198,13 @@ def _answer(labeller: Labeller, message: bytes) -> bytes:
         return failed(f"{type(error).__name__}: {error}")
 
 
+def _keep(file: Path, answer: bytes) -> None:
+    part = file.with_suffix(".part")
+    with contextlib.suppress(OSError):  # a full disk: then the answer is in the pipe alone
+        part.write_bytes(answer)
+        part.replace(file)
+
+
 def main() -> None:
     """Label until there is nothing to do, or nobody to do it for."""
     # copies that no program of a calculator inherits; those get an empty input and the log
@@ -203,7 +222,10 @@ def main() -> None:
         except queue.Empty:
             break
         send(answers, b"")  # it has begun: if this process dies now, the frame may be why
-        send(answers, _answer(labeller, message))
+        answer = _answer(labeller, message)
+        if setup.keep:
+            _keep(kept_file(setup.keep, setup.method, setup.options, message), answer)
+        send(answers, answer)
     _leave(EXIT_IDLE)
 
 

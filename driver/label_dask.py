@@ -108,12 +108,25 @@ class DaskPool:
         self._stopping = threading.Event()
         self._connecting = threading.Lock()
         self._client: Any = None
+        self._futures: dict[str, Any] = {}  # by key, until they are let go
         self._threads = ThreadPoolExecutor(workers, "label")
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is told in our own words
 
     def schedule(self, frame: Frame) -> Future[Label]:
         """Have a frame labelled on the cluster, as soon as there is one."""
         return self._threads.submit(self._compute, frame)
+
+    def saved(self, frame: Frame) -> None:
+        """The label need not be kept on the cluster any more."""
+        self._threads.submit(self._let_go, self._key(asked(frame)))
+
+    def _let_go(self, key: str) -> None:
+        if self._client is not None:
+            self._forget(self._client, key)
+
+    def _key(self, ask: bytes) -> str:
+        """The name of a label on the cluster: the same for the same frame, method, limits and run."""
+        return f"tumbaga-{hashlib.sha256(b'/'.join((self._name.encode(), self._terms, ask))).hexdigest()[:32]}"
 
     def fileno(self) -> int:
         """Nothing to wait for."""
@@ -131,7 +144,7 @@ class DaskPool:
 
     def _compute(self, frame: Frame) -> Label:
         ask, pause = asked(frame), _FIRST_PAUSE_S
-        key = f"tumbaga-{hashlib.sha256(b'/'.join((self._name.encode(), self._terms, ask))).hexdigest()[:32]}"
+        key = self._key(ask)
         while True:
             client = self._connected()
             try:
@@ -146,22 +159,21 @@ class DaskPool:
     def _on_cluster(self, client: Any, key: str, ask: bytes) -> bytes:
         from distributed import KilledWorker
 
-        future = client.submit(label_there, self._terms, ask, key=key, pure=False)
+        self._futures[key] = future = client.submit(label_there, self._terms, ask, key=key, pure=False)
         client.publish_dataset(future, name=key, override=True)
         try:
             answer = self._waited_for(client, future)
         except (CancelledError, OSError):
             raise  # the scheduler is gone, or knows the label when we are back
         except GivenUpError:
-            self._forget(client, key, future)
+            self._forget(client, key)
             raise
         except KilledWorker as error:
             answer = failed(f"the Dask workers died on this frame, {error.allowed_failures + 1} times")
         except Exception as error:
             # all that the method itself can do wrong is an answer: this is the cluster's, such as tumbaga not being installed there
-            self._forget(client, key, future)
+            self._forget(client, key)
             raise _ClusterError(_said(error)) from error
-        self._forget(client, key, future)
         return answer
 
     def _waited_for(self, client: Any, future: Any) -> bytes:
@@ -178,12 +190,12 @@ class DaskPool:
                 if not client.nthreads():
                     self._notes.add("warning", "label waits", why=f"the Dask cluster at {self._address} has no workers")
 
-    @staticmethod
-    def _forget(client: Any, key: str, future: Any) -> None:
+    def _forget(self, client: Any, key: str) -> None:
+        future = self._futures.pop(key, None)
         # without a connection there is nobody to be told; the answer, if there is one, is here
         with contextlib.suppress(CancelledError, OSError, RuntimeError):
             client.unpublish_dataset(key)
-            client.cancel([future], force=True)
+            client.cancel([future] if future is not None else [], force=True)
 
     def _connected(self) -> Any:
         """The client, once it is connected."""

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from tumbaga.driver import process
-from tumbaga.driver.label_child import EXIT_IDLE, HEAD, Setup, asked, failed, kill_session, label_of, send
+from tumbaga.driver.label_child import EXIT_IDLE, HEAD, Setup, asked, failed, kept_file, kill_session, label_of, send
 from tumbaga.online.records import Frame, Label
 
 PREFIX: Final = "tumbaga-label-"
@@ -61,6 +61,7 @@ class Terms(msgspec.Struct, frozen=True):
         attempts: how many processes may die on a frame before it has failed.
         cores: on which the process may run; empty for all.
         idle_s: seconds without work after which the process leaves; 0 for ever.
+        keep: folder in which answers are kept from before they are sent until `LabelProcess.forget`; empty for none.
     """
 
     method: str
@@ -71,6 +72,7 @@ class Terms(msgspec.Struct, frozen=True):
     attempts: int = 2
     cores: tuple[int, ...] = ()
     idle_s: float = 0.0
+    keep: str = ""
 
 
 class Pool(Protocol):
@@ -78,6 +80,9 @@ class Pool(Protocol):
 
     def schedule(self, frame: Frame) -> Future[Label]:
         """Have a frame labelled. The future fails with an OnlineError that says why there is no label."""
+
+    def saved(self, frame: Frame) -> None:
+        """The result of a frame is on disk: nothing else needs to be kept of it."""
 
     def fileno(self) -> int:
         """For a poller: readable when `turn` has something to do; -1 if that is never so."""
@@ -133,7 +138,18 @@ class LabelProcess:
                 if death.code != EXIT_IDLE:
                     self._log("warning", "labelling process died", deaths=deaths, code=death.code)
 
+    def forget(self, ask: bytes) -> None:
+        """The answer to an ask is safe elsewhere."""
+        if self._terms.keep:
+            self._kept(ask).unlink(missing_ok=True)
+
+    def _kept(self, ask: bytes) -> Path:
+        return kept_file(self._terms.keep, self._terms.method, self._terms.options, ask)
+
     def _once(self, ask: bytes, given_up: Callable[[], bool]) -> bytes:
+        if self._terms.keep:
+            with contextlib.suppress(OSError):  # paid for by one that was killed before the answer was safe
+                return self._kept(ask).read_bytes()
         running = self._ready()
         until = process.monotonic() + self._terms.time_limit
         assert running.stdin is not None
@@ -180,7 +196,7 @@ class LabelProcess:
                 start_new_session=True,
             )
             assert self._process.stdin is not None
-            setup = Setup(self._terms.method, self._terms.options, self._terms.cores, self._terms.idle_s)
+            setup = Setup(self._terms.method, self._terms.options, self._terms.cores, self._terms.idle_s, self._terms.keep)
             with contextlib.suppress(OSError):  # dead already: seen at the next step
                 send(self._process.stdin, msgspec.msgpack.encode(setup))  # type: ignore[arg-type]
         return self._process
@@ -220,6 +236,10 @@ class LocalPool:
     def schedule(self, frame: Frame) -> Future[Label]:
         """Have a frame labelled by the process."""
         return self._threads.submit(self._compute, frame)
+
+    def saved(self, frame: Frame) -> None:
+        """The answer need not be kept any more."""
+        self._process.forget(asked(frame))
 
     def _compute(self, frame: Frame) -> Label:
         return label_of(self._process.compute(asked(frame), self._stopping.is_set))

@@ -46,6 +46,7 @@ class Worker:
         self._endpoint, self._reporter = endpoint, reporter
         self._future: Future[Label] | None = None
         self._task: bus.Task | None = None
+        self._frame: Frame | None = None  # of the task
         self._unsaved: spool.Result | None = None  # computed, but the disk did not take it yet
         self._since = 0.0
         self._seen = 0
@@ -74,7 +75,7 @@ class Worker:
         numbers = bus.array(buffers[0], np.int64, (-1,))
         frame = Frame(numbers, bus.array(buffers[1], np.float64, (-1, 3)), bus.array(buffers[2], np.float64, (3, 3)), task.periodic)
         self._task, self._seen, self._since = task, task.task, process.monotonic()
-        self._future = self._pool.schedule(frame)
+        self._frame, self._future = frame, self._pool.schedule(frame)
         self._future.add_done_callback(lambda _: os.write(self._wake, b"x"))
         self._reporter.log("info", "label started", frame=task.frame, key=task.key, worker=self._name)
         self.beat()
@@ -94,8 +95,11 @@ class Worker:
             return
         seconds = round(process.monotonic() - self._since, 3)
         self._reporter.log("info", "label ended", frame=result.frame, failure=result.failure, seconds=seconds, worker=self._name)
-        self._future = self._task = self._unsaved = None
+        if self._frame is not None:
+            self._pool.saved(self._frame)
+        self._future = self._task = self._unsaved = self._frame = None
         self.beat()
+        self._reporter.state(answered={self._name: os.getpid()})
 
     def last_moment(self, seconds: float) -> None:
         """A label that ends just now was paid for: its result may still be on its way."""
@@ -131,7 +135,9 @@ def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log) -> P
         from tumbaga.driver.label_dask import DaskPool
 
         return DaskPool(chosen.cluster, terms, chosen.workers, str(run_dir), log)
-    return LocalPool(msgspec.structs.replace(terms, cores=devices.for_labels(settings)), prefix_of(run_dir, name), log)
+    keep = run_dir / spool.FOLDER
+    keep.mkdir(exist_ok=True)
+    return LocalPool(msgspec.structs.replace(terms, cores=devices.for_labels(settings), keep=str(keep)), prefix_of(run_dir, name), log)
 
 
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:

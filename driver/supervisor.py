@@ -255,16 +255,15 @@ class Supervisor:
             message = received[1]
             if isinstance(message, bus.Report):
                 self._reports[message.process] = message.state
-                if message.process == "gateway":
-                    self._heard_of_evaluators(message.state)
+                self._heard_of_work(message.state)
             elif isinstance(message, bus.LogLine):
                 self._log(message.process, message.level, message.event, **message.detail)
 
-    def _heard_of_evaluators(self, gateway: dict[str, Any]) -> None:
-        """Those that are at one batch for too long are killed; those that answered may die as often as they like: each time work was done."""
-        busy: dict[str, float] = gateway.get("busy", {})
+    def _heard_of_work(self, report: dict[str, Any]) -> None:
+        """Evaluators at one batch for too long are killed; whoever has done work may die as often as it likes: each time some was done."""
+        busy: dict[str, float] = report.get("busy", {})
         for child in self._children:
-            child.worked(gateway.get("answered", {}).get(child.name, 0))
+            child.worked(report.get("answered", {}).get(child.name, 0))
             if child.pid is not None and busy.get(str(child.pid), 0.0) > _HUNG_S:
                 self._log(child.name, "error", "hung", seconds=busy[str(child.pid)])
                 child.signal(signal.SIGKILL)

@@ -197,6 +197,9 @@ class Bench:
         self.pool = ClientPool(labeller.for_worker(0, 60.0), self.log, lambda: self.now)
         self.worker = Worker(run_dir, "label-0", self.pool, self.line, self)  # type: ignore[arg-type]
 
+    def state(self, **state: Any) -> None:
+        pass
+
     def log(self, level: str, event: str, **detail: Any) -> None:
         self.said.append((level, event, detail))
 

@@ -82,7 +82,10 @@ def pool(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., DaskPool]]:
 
     yield make
     for one in pools:
+        for frame in FRAMES:
+            one.saved(frame)
         one.stop()
+    assert published(cluster) == []
 
 
 @pytest.fixture
@@ -165,14 +168,17 @@ def test_two_labels_are_computed_at_a_time(pool: Callable[..., DaskPool], tmp_pa
 def test_a_lost_worker_is_replaced(pool: Callable[..., DaskPool], cluster: Cluster, tmp_path: Path) -> None:
     """kill -9 of a Dask worker in mid-label: its label is computed by another one and delivered once, and its process is gone with it."""
     journal = tmp_path / "journal"
-    future = pool(f"test:lj?delay=2&journal={journal}").schedule(FRAMES[0])
+    there = pool(f"test:lj?delay=2&journal={journal}")
+    future = there.schedule(FRAMES[0])
     (pid,) = begun(journal)
     os.kill(parent(pid), signal.SIGKILL)
 
     assert future.result(TIMEOUT).energy == make_labeller("test:lj").label(FRAMES[0]).energy
     until(lambda: gone(pid), TIMEOUT, "the process of the lost worker to be gone")
     assert (counted(journal, "start").total(), counted(journal, "end").total()) == (2, 1)
-    assert published(cluster) == []
+    assert len(published(cluster)) == 1  # until it is on disk here
+    there.saved(FRAMES[0])
+    until(lambda: published(cluster) == [], TIMEOUT, "the label to be taken off the cluster")
 
 
 def test_faults_on_a_cluster_are_those_of_this_machine(pool: Callable[..., DaskPool], tmp_path: Path) -> None:
@@ -218,8 +224,10 @@ def test_a_label_outlives_whoever_waits_for_it(pool: Callable[..., DaskPool], cl
         begun(journal)
         waiting.kill()
 
-    assert pool(method).schedule(FRAMES[0]).result(TIMEOUT).energy
+    there = pool(method)
+    assert there.schedule(FRAMES[0]).result(TIMEOUT).energy
     assert counted(journal, "start").total() == 1
+    there.saved(FRAMES[0])
     until(lambda: published(cluster) == [], TIMEOUT, "the label to be taken off the cluster")
 
 

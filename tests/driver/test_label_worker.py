@@ -56,6 +56,9 @@ class Reporter:
     def __init__(self) -> None:
         self.events: list[str] = []
 
+    def state(self, **state: Any) -> None:
+        pass
+
     def log(self, level: str, event: str, **detail: Any) -> None:
         self.events.append(event)
 
@@ -66,11 +69,15 @@ class Pool:
     def __init__(self) -> None:
         self.futures: list[Future[Label]] = []
         self.frames: list[Frame] = []
+        self.safe: list[Frame] = []
 
     def schedule(self, frame: Frame) -> Future[Label]:
         self.frames.append(frame)
         self.futures.append(Future())
         return self.futures[-1]
+
+    def saved(self, frame: Frame) -> None:
+        self.safe.append(frame)
 
     def fileno(self) -> int:
         return -1
@@ -115,8 +122,10 @@ def test_a_label_is_on_disk_before_the_worker_is_idle(bench: Bench) -> None:
     bench.turn()
     assert bench.results() == []
     bench.pool.futures[0].set_result(label())
+    assert bench.pool.safe == []
     bench.turn()
     (result,) = bench.results()
+    assert bench.pool.safe == bench.pool.frames
 
     assert bench.pool.frames[0].key == FRAME.key
     assert result is not None
@@ -269,6 +278,24 @@ def test_a_process_that_dies_between_two_labels_costs_nothing(tmp_path: Path, el
     for _ in range(3):
         pool.schedule(FRAME).result(TIMEOUT)
         os.kill(begun(journal), signal.SIGKILL)
+
+
+def test_an_answer_is_kept_until_it_is_safe(tmp_path: Path, elsewhere: Elsewhere) -> None:
+    """Invariant 4: who asked is killed before it has put the label on disk; its successor has it without a second computation."""
+    journal, keep = tmp_path / "journal", tmp_path / "spool"
+    keep.mkdir()
+    method = f"test:lj?journal={journal}"
+    first = elsewhere.label(method, keep=str(keep))
+    pool = elsewhere.pool(method, keep=str(keep))
+    again = pool.schedule(FRAME).result(TIMEOUT)
+    assert (again.energy, again.method, again.seconds) == (first.energy, first.method, first.seconds)
+    assert len(read_journal(journal)) == 2
+
+    pool.saved(FRAME)
+    assert list(keep.iterdir()) == []
+    assert elsewhere.label("test:lj?epsilon=0.4", keep=str(keep)).energy != first.energy
+    pool.schedule(FRAME).result(TIMEOUT)
+    assert len(read_journal(journal)) == 4  # of another method, and after it was safe: computed
 
 
 def test_a_label_that_hangs_is_killed(elsewhere: Elsewhere) -> None:
