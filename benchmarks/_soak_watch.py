@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tumbaga.driver.testing import Program, processes_in
+from tumbaga.driver.testing import Program
 
 _LOOKS, _BETWEEN_S = 9, 0.05
 """A sample is made of several looks: at one instant a file may be open, or a frame in memory, that is not at the next."""
@@ -69,7 +69,7 @@ class Watch:
         """All processes, by name; those that the label workers start are one kind."""
         named = {"supervisor": self._program.process.pid, **{k: v for k, v in self._program.status()["pids"].items() if v}}
         found = {name: [pid] for name, pid in named.items()}
-        others = [pid for pid, _ in processes_in(self._program.run_dir) if pid not in named.values()]
+        others = [pid for pid, _ in self._program.processes() if pid not in named.values()]
         return {**found, **({"label children": others} if others else {})}
 
     def _look(self) -> dict[str, Held]:

@@ -151,15 +151,20 @@ class Program:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        for pid, _ in processes_in(self.run_dir):
+        for pid, _ in self.processes():
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
 
+    def processes(self) -> Iterator[tuple[int, str]]:
+        """All its processes, with their command lines: they work in the run directory, those that label in a folder for temporary files."""
+        yield from processes_in(self.run_dir)
+        yield from processes_in(self.scratch)
+
     def left_behind(self) -> list[str]:
         """What is still there of it that should be gone: processes, and temporary files."""
-        processes = [f"process {pid}: {command}" for pid, command in processes_in(self.run_dir)]
+        processes = [f"process {pid}: {command}" for pid, command in self.processes()]
         return processes + [f"file {path}" for path in self.scratch.rglob("*")]
 
 
