@@ -21,7 +21,7 @@ from tumbaga.online.records import Array, Frame, Label
 FITTING = "def2-universal-jfit"
 LOW = "low"
 _SODIUM, _RUBIDIUM = 11, 37  # the first elements with an effective core: of the lanl sets, of the def2 ones
-_SAME = 1e-6  # Hartree: two SCFs nearer than this are the same solution
+_SAME = 1e-7  # Hartree: two SCFs nearer than this are the same solution
 _CHECK = (Rung(ATOM, 40),)
 
 
@@ -157,7 +157,8 @@ class PySCFLabeller:
 
         made = (dft.UKS if molecule.spin else dft.RKS)(molecule, xc=self.xc).density_fit(auxbasis=FITTING)
         made.grids.level, made.conv_tol = self.grid, self.conv_tol
-        made.chkfile = None  # nothing to leave behind when the worker is killed
+        made.chkfile = None
+        made._chkfile.close()  # PySCF opens it before it can be told not to: nothing to leave behind when the worker is killed
         return made
 
     # -- from the molecule to energy and forces -------------------------------------------------------------------------------------

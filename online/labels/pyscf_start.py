@@ -21,7 +21,7 @@ import numpy as np
 from tumbaga.online.records import Array, Frame
 
 NEAR = 0.3  # Å, rms over atoms: beyond it a warm start saves no cycles
-SMALL_GAP = 1.0  # eV
+SMALL_GAP = 0.5  # eV
 JUMP = 0.1  # eV: the trapezoidal rule of forces is better than this between near frames
 LONGEST_CHAIN = 10  # warm starts in a row before a cold SCF is done as well
 MAX_BYTES = 64 * 2**20  # of all densities kept
