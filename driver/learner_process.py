@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from tumbaga.driver.backends import registry
 from tumbaga.driver.client_labels import make_labeller
 from tumbaga.driver.errors import PotentialError
 from tumbaga.driver.finetuning import Result
+from tumbaga.driver.full_disk import FullDisk
 from tumbaga.driver.label_work import Work, told
 from tumbaga.driver.learner_finetune import Candidate, FineTunes
 from tumbaga.driver.rollout import read_serving
 from tumbaga.online import quality, selection, spool, versions
-from tumbaga.online.errors import VersionError
+from tumbaga.online.errors import StoreFullError, VersionError, is_full
 from tumbaga.online.learner import Learner, Proposal, rmse_text
 from tumbaga.online.ports import Trainable
 from tumbaga.online.records import Frame, Reason, Role
@@ -35,6 +37,7 @@ from tumbaga.online.versions import LastLayer
 from tumbaga.socket_protocol import bus
 
 _BEAT_S = 0.5
+Ends = tuple[bus.Endpoint, bus.Endpoint]
 _PROBLEMS = {
     "labelled": "",
     "pending": "no label is begun any more: their core-hours are spent",
@@ -61,6 +64,7 @@ class LearnerProcess:
         context: zmq.Context[zmq.Socket[bytes]],
         reporter: process.Reporter,
         work: Work | None = None,
+        ends: Ends | None = None,
     ) -> None:
         self._run_dir, self._settings, self._reporter, self._work = run_dir, settings, reporter, work or Work()
         self._potential = _trainable(settings.potential)
@@ -82,8 +86,7 @@ class LearnerProcess:
         self._sent: set[int] = set()  # tasks that this process gave out; what an earlier one had on its way went down with it
         self.draining = False
         self._due = 0.0
-        self.gateway = bus.Endpoint(context, zmq.DEALER, bus.LEARNER, bind=False, identity=bus.LEARNER)
-        self.workers = bus.Endpoint(context, zmq.ROUTER, bus.LABELS, bind=True)
+        self.gateway, self.workers = ends or make_ends(context)
 
     def _resume(self) -> None:
         """Serve what served last, and learn what arrived since."""
@@ -271,6 +274,10 @@ class LearnerProcess:
         self._report()
         self._store.close()
 
+    def drop(self) -> None:
+        """Close the store as a kill would, if it is not closed: nothing is released, and the next learner goes on from what is in it."""
+        self._store.close()
+
     # -- labels and versions ---------------------------------------------------------------------------------------------------------
 
     def _ingest(self) -> None:
@@ -422,26 +429,52 @@ def _trainable(settings: configs.Potential) -> Trainable:
     return potential
 
 
+def make_ends(context: zmq.Context[zmq.Socket[bytes]]) -> Ends:
+    """The learner's ends of the lines to the gateway and to the label workers."""
+    return (
+        bus.Endpoint(context, zmq.DEALER, bus.LEARNER, bind=False, identity=bus.LEARNER),
+        bus.Endpoint(context, zmq.ROUTER, bus.LABELS, bind=True),
+    )
+
+
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:
-    """Learn until told to leave."""
+    """Learn until told to leave; while the disk is full, wait for room."""
     os.nice(5)  # the simulation comes first
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, "learner")
     settings, work = told(run_dir, sys.argv[2:])
-    learner = LearnerProcess(run_dir, settings, context, reporter, work)
-
-    def drain(*_: object) -> None:
-        learner.draining = True
-
-    signal.signal(signal.SIGUSR1, drain)
+    asked = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: asked.set())
+    gateway, workers = make_ends(context)
     poller = zmq.Poller()
-    for watched in (learner.gateway.socket, learner.workers.socket, lifeline.fileno()):
+    for watched in (gateway.socket, workers.socket, lifeline.fileno()):
         poller.register(watched, zmq.POLLIN)
-    reporter.log("info", "ready", pid=os.getpid())
-    while not lifeline.cut_off:
+
+    def going_on() -> bool:
         poller.poll(int(1000 * _BEAT_S))
-        learner.turn()
-    learner.close()
+        return not lifeline.cut_off
+
+    def learn() -> None:
+        learner = LearnerProcess(run_dir, settings, context, reporter, work, (gateway, workers))
+        reporter.log("info", "ready", pid=os.getpid())
+        try:
+            while going_on():
+                learner.draining = asked.is_set()
+                learner.turn()
+            learner.close()
+        finally:
+            learner.drop()
+
+    while not lifeline.cut_off:
+        try:
+            learn()
+            break
+        except (OSError, StoreFullError) as error:
+            if not is_full(error):
+                raise
+        full = FullDisk(run_dir, gateway, workers, reporter)
+        while not full.turn(draining=asked.is_set()) and going_on():
+            pass
     reporter.close()
 
 

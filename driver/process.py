@@ -22,7 +22,7 @@ import structlog
 import zmq
 
 from tumbaga.driver.errors import DriverError
-from tumbaga.online.errors import OnlineError
+from tumbaga.online.errors import OnlineError, is_full
 from tumbaga.socket_protocol import bus
 
 EXIT_USER: Final = 78  # a fault that starting again will not mend (EX_CONFIG of sysexits.h)
@@ -37,6 +37,8 @@ class Reporter:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], process: str) -> None:
         self._process, self._context = process, context
         self._endpoint = bus.Endpoint(context, zmq.PUSH, bus.SUPERVISOR, bind=False)
+        self.told: dict[str, Any] = {}
+        """The state that was sent last."""
 
     def log(self, level: str, event: str, **detail: Any) -> None:
         """Send one log line."""
@@ -44,6 +46,7 @@ class Reporter:
 
     def state(self, **state: Any) -> None:
         """Send the process's state."""
+        self.told = state
         self._endpoint.send(bus.Report(self._process, state))
 
     def close(self, patience_ms: int = 500) -> None:
@@ -94,9 +97,8 @@ def log_to_file(run_dir: Path, process: str) -> structlog.stdlib.BoundLogger:
     """Open the JSON-lines log of a process that may touch the disk."""
     folder = run_dir / LOGS
     folder.mkdir(exist_ok=True)
-    file = open(folder / f"{process}.jsonl", "a", buffering=1)  # noqa: SIM115 - lives as long as the process
     logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
-        structlog.WriteLogger(file),
+        structlog.WriteLogger(_LogFile(folder / f"{process}.jsonl")),  # type: ignore[arg-type]
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -106,6 +108,26 @@ def log_to_file(run_dir: Path, process: str) -> structlog.stdlib.BoundLogger:
         wrapper_class=structlog.make_filtering_bound_logger(20),
     )
     return logger
+
+
+class _LogFile:
+    """A log, for as long as the process lives. It drops what the disk does not take: a run does not end for want of a line in a log."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._torn = False
+
+    def write(self, text: str) -> None:
+        """Write a line at once."""
+        data = (b"\n" if self._torn else b"") + text.encode()
+        try:
+            self._torn = os.write(self._file, data) < len(data)
+        except OSError as error:
+            if not is_full(error):
+                raise
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def run(process: str, body: Callable[[Path, Lifeline], None]) -> None:

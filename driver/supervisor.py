@@ -315,7 +315,7 @@ class Supervisor:
             "evaluated_again": gateway.get("evaluated_again", 0),
             "stalls": gateway.get("stalls", {"now": 0, "all": 0, "in_vain": 0, "longest_s": 0.0}),
             "restarts": restarts,
-            "errors": [*self._errors, *gateway.get("errors", [])],
+            "errors": [*self._errors, *gateway.get("errors", []), *learner.get("problems", [])],
             "pids": {child.name: child.pid for child in self._children},
         }
         if self._engine is not None:
