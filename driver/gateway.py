@@ -17,6 +17,7 @@ import zmq
 
 from tumbaga.driver import config as configs
 from tumbaga.driver import process
+from tumbaga.driver.journal import Journal
 from tumbaga.driver.learner_link import LearnerLink
 from tumbaga.driver.pool import Pool
 from tumbaga.driver.requests import Requests, told_at
@@ -60,7 +61,7 @@ class Gateway:
     ) -> None:
         self._settings, self._reporter = settings, reporter
         self._evaluators = Hub(bus.EVALUATORS)
-        self._learner = LearnerLink(context, process.monotonic)
+        self._learner = LearnerLink(context, process.monotonic, Journal(settings.flag.force_error))
         serve = settings.serve
         self._pool = Pool(self._evaluators, process.monotonic, serve.committee, serve.window_ms / 1000.0)
         self._rollout = Rollout(settings.learn, self._pool, serving, self._learner.tell)
@@ -143,7 +144,7 @@ class Gateway:
                 self._end(session, late)
             if self._pool.ready_to_serve:  # a connection that cannot be answered at once makes an engine wait, and other drivers with it
                 self._dial_if_due(session, now)
-        self._learner.send_candidates()
+        self._learner.report()
         self._requests.look_after_stalls(now)
         self._report()
 
@@ -245,6 +246,7 @@ class Gateway:
         self._unwatch(session)
         self._restless.discard(session.name)
         forces = session.forces
+        self._learner.journal.ended(session.name)
         session.hang_up()
         now = process.monotonic()
         self._requests.forget(session.name, now)

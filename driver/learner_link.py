@@ -11,6 +11,7 @@ import numpy as np
 import zmq
 
 from tumbaga.driver.firewall import Served
+from tumbaga.driver.journal import Journal
 from tumbaga.online.records import Array, Reason
 from tumbaga.socket_protocol import bus
 
@@ -23,9 +24,12 @@ class LearnerLink:
     Args:
         context: zmq.
         clock: seconds, monotonic.
+        journal: of what the sessions were served.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], clock: Callable[[], float]) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], clock: Callable[[], float], journal: Journal) -> None:
+        self.journal = journal
+        self._alarm: bus.Alarm | None = None
         self._socket = bus.Endpoint(context, zmq.ROUTER, bus.LEARNER, bind=True)
         self._clock = clock
         self.heard_at = clock()
@@ -69,9 +73,29 @@ class LearnerLink:
         self._unsent.append((message, [frame.numbers, frame.positions, frame.cell, forces]))  # type: ignore[list-item]
         self.send_candidates()
 
-    def send_candidates(self) -> None:
-        """Send what waits, as far as the learner takes it."""
+    def alarm(self, alarm: bus.Alarm) -> None:
+        """A version has to go: said until something else is to serve."""
+        self._alarm = alarm
         self.stirred = True
+        self._socket.send(alarm, to=bus.LEARNER)
+
+    def report(self) -> None:
+        """Send what the learner may have missed, and what waits; to be called a few times a second."""
+        self._send_journal()
+        if self._alarm is not None:
+            self.alarm(self._alarm)
+        self.send_candidates()
+
+    def _send_journal(self) -> None:
+        message = self.journal.message()
+        if message is not None and self._socket.send(message, to=bus.LEARNER):
+            self.journal.sent(message)
+
+    def send_candidates(self) -> None:
+        """Send what waits, as far as the learner takes it; before a frame it hears of the conversation that the frame is of."""
+        self.stirred = True
+        if self.journal.fresh and self._unsent:
+            self._send_journal()
         while self._unsent and self._socket.send(*self._unsent[0], to=bus.LEARNER):
             self._unsent.popleft()
 
@@ -90,5 +114,9 @@ class LearnerLink:
                 continue
             if received is not None and isinstance(message := received[1], (bus.Serve, bus.Settled)):
                 self.heard_at = self._clock()
+                if isinstance(message, bus.Serve) and self._alarm is not None and message.version != self._alarm.version:
+                    self._alarm = None
                 yield message
+            elif received is not None and isinstance(message, bus.Noted):
+                self.journal.noted(message.upto)
         self.stirred = False

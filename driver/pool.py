@@ -35,6 +35,7 @@ class Job:
         index: of the frame in its request.
         group: of sessions whose frames come together, such as the beads of one engine; empty for a session without siblings.
         start: its place in the queue.
+        problem: what was not fit to serve about the first answer.
     """
 
     session: str
@@ -47,6 +48,7 @@ class Job:
     index: int = 0
     group: str = ""
     start: float = 0.0
+    problem: str = ""
 
     @property
     def atoms(self) -> int:

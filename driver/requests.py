@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tumbaga.driver import config as configs
 from tumbaga.driver import process
+from tumbaga.driver.alarms import Alarms
 from tumbaga.driver.answers import Certainty, certainty, extras
 from tumbaga.driver.firewall import Firewall, Judgement, Served
 from tumbaga.driver.learner_link import LearnerLink
@@ -61,6 +62,7 @@ class Requests:
         self._outcomes: dict[str, list[Outcome | None]] = {}  # of the request under way
         self._unfit: dict[str, tuple[Outcome, str]] = {}  # an answer to it that must not leave, and why
         self._mixes: dict[str, Mix] = {}
+        self._alarms = Alarms()
         self.times = CallTimes()
         self.steps = self.frames = self.evaluated_again = 0
         self.score_max = self.score_last = 0.0
@@ -68,6 +70,8 @@ class Requests:
     def ask(self, session: Session, frames: Sequence[Frame]) -> None:
         """Have the frames of a request evaluated."""
         session.ramp, mix = session.ramp.advance()
+        if not session.forces:
+            self._learner.journal.begins(session.name, mix, session.swap_work)
         self._outcomes[session.name] = [None] * len(frames)
         self._unfit.pop(session.name, None)
         group = session.group if self._siblings else ""
@@ -125,7 +129,8 @@ class Requests:
             self._reporter.log("warning", "evaluated again", session=session.name, problem=problem, version=good)
             self._note(f"{session.name}: {problem}; evaluated again with version {good}")
         mix = Mix(good, good, 1.0)
-        self._pool.add(Job(job.session, job.ticket, job.frame, mix, job.crashes, second=True, index=job.index, group=job.group))
+        again = Job(job.session, job.ticket, job.frame, mix, job.crashes, second=True, index=job.index, group=job.group, problem=problem)
+        self._pool.add(again)
         return True
 
     def _certainty(self, outcome: Outcome) -> Certainty:
@@ -190,6 +195,7 @@ class Requests:
             self.stalls.forget(session.name, now)
         if mix.old == mix.new and not outcomes[0].job.second:
             session.answered_by(mix.new)
+        self._account(session, steps, outcomes, seen)
         self.steps += steps > 0
         self.frames += len(outcomes)
         self.score_last = session.last_score = seen.worst.sure.score or 0.0
@@ -198,6 +204,17 @@ class Requests:
             self._learner.flag(session.name, seen.worst, seen.reason)
         self._firewall.remember(session.memory, seen.worst)
         self._follow(session, after)
+
+    def _account(self, session: Session, call: int, outcomes: list[Outcome], seen: Judgement) -> None:
+        """Keep account of what has served a call."""
+        others = [outcome for outcome in outcomes if outcome.job.second]
+        mix = Mix(*(others or outcomes)[0].job.mix)
+        self._learner.journal.served(session.name, call, mix, session.swap_work, seen.worst.sure.score)
+        wanted = session.ramp.ramp.to_version if session.ramp.ramp else session.ramp.serving
+        for outcome in others:
+            if (alarm := self._alarms.failed(wanted, self.frames, outcome.job.problem)) is not None:
+                self._reporter.log("error", "alarm", version=alarm.version, reason=alarm.reason)
+                self._learner.alarm(alarm)
 
     def _extras(self, outcome: Outcome, sure: Certainty, work: float, mark: str) -> bytes:
         mix = Mix(*outcome.job.mix)

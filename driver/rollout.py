@@ -63,7 +63,7 @@ class Rollout:
         if message.version and not self._pool.holds(message.version):
             self._pool.require(message.version, message.path, self._in_use() | {message.version})
             return False
-        self._publish(message.version)
+        self._publish(message)
         return True
 
     def awaited(self, version: int) -> bool:
@@ -76,7 +76,7 @@ class Rollout:
             self._withdraw(message.version)
             self._tell(bus.NowServing(message.version, message.error))
         elif message.version == self._target.version and message.version != self.serving and self._pool.holds(message.version):
-            self._publish(message.version)
+            self._publish(self._target)
             return True
         return False
 
@@ -89,13 +89,20 @@ class Rollout:
         if self.serving == version:
             self.serving = max((session.ramp.serving for session in self.sessions), default=0)
 
-    def _publish(self, version: int) -> None:
+    def _publish(self, target: bus.Serve) -> None:
         """Every evaluator holds it: sessions begin to move to it, each over its own ramp."""
+        version, state = target.version, self.fresh_ramp(target.version)
         self.serving = version
         self.swaps += 1
         for session in self.sessions:
-            # a session without an engine has nothing to be smooth for
-            session.ramp = session.ramp.publish(version) if session.stream is not None else self.fresh_ramp()
+            if target.hurry:
+                session.good = tuple(good for good in session.good if good <= version)  # what was gone back from is no resort any more
+            if session.stream is None:
+                session.ramp = state  # without an engine there is nothing to be smooth for
+            elif target.hurry:
+                session.ramp = session.ramp.recall(version, at_once=target.hurry > 1)
+            else:
+                session.ramp = session.ramp.publish(version)
         self._tell(bus.NowServing(version))
 
     def _in_use(self) -> set[int]:

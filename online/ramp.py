@@ -70,6 +70,7 @@ class RampState:
         idle: calls since the last ramp ended, up to `rest`.
         n: calls of a ramp; 1 is a hard swap.
         rest: calls between the end of a ramp and the next one.
+        hurry: whether what waits does so for the ramp under way only.
     """
 
     serving: int
@@ -78,11 +79,30 @@ class RampState:
     idle: int = REST_CALLS
     n: int = N_CALLS
     rest: int = REST_CALLS
+    hurry: bool = False
 
     def publish(self, version: int) -> RampState:
         """Return the state after a version was published. What serves, or is about to, needs no ramp: a return to it cancels the wait."""
         target = self.serving if self.ramp is None else self.ramp.to_version
-        return replace(self, waiting=None if version == target else version)
+        return replace(self, waiting=None if version == target else version, hurry=False)
+
+    def recall(self, version: int, *, at_once: bool = False) -> RampState:
+        """Return the state after a version was gone back to: it does not wait for the rest between two ramps.
+
+        A ramp that leads away from it turns round where it is; one between two others is finished first.
+
+        Args:
+            version: its number.
+            at_once: whether it serves alone from the next call on, because what serves now must not even take a part.
+        """
+        now, ramp = self.serving if self.ramp is None else self.ramp.to_version, self.ramp
+        if version == now:
+            return replace(self, waiting=None)
+        if at_once:
+            return replace(self, serving=now, ramp=Ramp(now, version, 0, 1), waiting=None)
+        if ramp is not None and version == ramp.from_version:
+            return replace(self, serving=now, ramp=Ramp(now, version, ramp.n - ramp.k, ramp.n), waiting=None)
+        return replace(self, waiting=version, hurry=True)
 
     def advance(self) -> tuple[RampState, Mix]:
         """Return the state after one more force call, and the mix that serves this call."""
@@ -98,15 +118,17 @@ class RampState:
         return state, Mix(state.serving, state.serving, 1.0)
 
     def _begun(self) -> RampState:
-        if self.ramp is not None or self.waiting is None or self.idle < self.rest:
+        if self.ramp is not None or self.waiting is None or (self.idle < self.rest and not self.hurry):
             return self
-        return replace(self, ramp=Ramp(self.serving, self.waiting, 0, self.n), waiting=None)
+        return replace(self, ramp=Ramp(self.serving, self.waiting, 0, self.n), waiting=None, hurry=False)
 
 
 def weight_step(before: Mix, now: Mix) -> float:
     """Return by how much the weight of the new version grew between two consecutive calls of one run; 0 outside ramps."""
     if now.old == now.new:
         return 0.0
+    if (before.old, before.new) == (now.new, now.old):  # turned round: what was new is left again
+        return now.weight - (1.0 - before.weight)
     return now.weight - (before.weight if (before.old, before.new) == (now.old, now.new) else 0.0)
 
 

@@ -117,12 +117,16 @@ class Settled(Message, frozen=True, tag=True, array_like=True):
 
 
 class Serve(Message, frozen=True, tag=True, array_like=True):
-    """What should serve; sent at every change and about once a second, so that whoever restarts catches up."""
+    """What should serve; sent at every change and about once a second, so that whoever restarts catches up.
+
+    `hurry` is for a version that was gone back to: 1 without the rest between two ramps, 2 without a ramp.
+    """
 
     version: int
     path: str
     lpr_scale: float | None
     quantile: float
+    hurry: int = 0
 
 
 class NowServing(Message, frozen=True, tag=True, array_like=True):
@@ -130,6 +134,48 @@ class NowServing(Message, frozen=True, tag=True, array_like=True):
 
     version: int
     error: str = ""
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a session at a force call; `call` counts those of its conversation, from 0.
+
+    `what` is "begins" (the conversation, with version `new`), "ramps" (from `old` to `new`, whose weight at this call is `weight`), "came"
+    (this is the last call of the ramp, which has done `work`, eV) or "ends" (the conversation, after `call` calls).
+    """
+
+    session: str
+    what: str
+    call: int
+    at: float  # seconds since the epoch
+    old: int = 0
+    new: int = 0
+    weight: float = 1.0
+    work: float = 0.0
+
+
+class Journal(Message, frozen=True, tag=True, array_like=True):
+    """Which versions served which calls: numbered moves, the first of which is number `first`. Sent again until `Noted` tells that they stand.
+
+    `calls` gives for each conversation: calls answered, calls since `version` has served alone, those of them whose uncertainty was above
+    the user's, and the version.
+    """
+
+    first: int
+    moves: list[Move]
+    calls: dict[str, tuple[int, int, int, int]]
+
+
+class Noted(Message, frozen=True, tag=True, array_like=True):
+    """All moves with a smaller number are in the store."""
+
+    upto: int
+
+
+class Alarm(Message, frozen=True, tag=True, array_like=True):
+    """A version must not serve any longer. Sent again until something else does."""
+
+    version: int
+    reason: str
 
 
 # -- learner <-> label workers -----------------------------------------------------------------------------------------------------------
@@ -190,6 +236,9 @@ AnyMessage = (
     | Settled
     | Serve
     | NowServing
+    | Journal
+    | Noted
+    | Alarm
     | WorkerIdle
     | WorkerBusy
     | Task
