@@ -17,6 +17,7 @@ from tumbaga.online import versions
 from tumbaga.socket_protocol import bus
 
 SENTENCE: Final = "disk full: nothing new is stored or learnt until there is room"
+_UNKNOWN: Final = {"labels": dict.fromkeys(("pending", "running", "converged", "failed", "quarantined"), 0), "begun": 0, "waiting": 1}
 _LOOK_S: Final = 5.0  # between two looks for room
 _LEAST: Final = 1 << 20  # bytes that must be free, and for a run of large version files as many as two of them have
 
@@ -55,7 +56,7 @@ class FullDisk:
                 self._gateway.send(bus.Settled(message.session, message.ticket, self._serving.version, SENTENCE))
         self._gateway.send(self._serving)
         if self._clock() < self._look_at or not self._room():
-            self._reporter.state(**(self._reporter.told | {"problems": [SENTENCE], "draining": draining}))
+            self._reporter.state(**(_UNKNOWN | self._reporter.told | {"problems": [SENTENCE], "draining": draining}))
             return False
         self._reporter.log("info", "there is room on the disk again")
         return True

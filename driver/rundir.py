@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tumbaga.driver.errors import RunDirError
+from tumbaga.online.errors import is_full
 from tumbaga.online.versions import write_whole
 from tumbaga.socket_protocol import bus
 
 _ATTEMPTS, _PAUSE_S = 5, 0.05
+_BLOCK, _SPARE = 4096, 1024  # bytes: the status file has room for a longer status, for the hour when there is none elsewhere
 LOCK, STATUS = "lock", "status.json"
 _ALIVE = ("starting", "running", "labelling", "finishing labels", "stopping")  # states of a run that somebody holds
 
@@ -87,8 +90,18 @@ class RunDir:
     # -- its status ------------------------------------------------------------------------------------------------------------------
 
     def write_status(self, status: dict[str, Any]) -> None:
-        """Replace the status file."""
-        write_whole(self.path / STATUS, json.dumps(status, indent=1).encode())
+        """Replace the status file; on a full disk, write into the place of the last one.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        data = json.dumps(status, indent=1).encode()
+        try:
+            write_whole(self.path / STATUS, data.ljust(_BLOCK * ((len(data) + _SPARE) // _BLOCK + 1)))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            _overwrite(self.path / STATUS, data)
 
     def read_status(self) -> dict[str, Any]:
         """Read the status file; a run that is gone without saying so is "died".
@@ -107,3 +120,12 @@ class RunDir:
             status["state"] = "died"
             status.setdefault("errors", []).append("the supervisor ended without a word; start the run again to go on")
         return status
+
+
+def _overwrite(path: Path, data: bytes) -> None:
+    """Write into a file that is at least as long, which needs no room: all in one call, since nothing better can be had."""
+    with open(path, "r+b", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        file.write(data.ljust(size))
