@@ -152,9 +152,11 @@ def of_system(done: dict[str, Row], quick: bool, system: System) -> Iterator[Row
 
 def worked(done: dict[str, Row], quick: bool, system: System, rows: Any) -> None:
     """In a process of its own: put the rows on a queue, and None at the end."""
-    for row in of_system(done, quick, system):
-        rows.put(row)
-    rows.put(None)
+    try:
+        for row in of_system(done, quick, system):
+            rows.put(row)
+    finally:
+        rows.put(None)
 
 
 def measured_all(systems: Sequence[System], quick: bool, processes: int, file: Path | None) -> list[Row]:
@@ -163,10 +165,12 @@ def measured_all(systems: Sequence[System], quick: bool, processes: int, file: P
     context = multiprocessing.get_context("spawn")
     rows = context.Queue()
     waiting = [context.Process(target=worked, args=(done, quick, system, rows)) for system in systems]
+    started: list[Any] = []
     running, found = 0, list(done.values())
     while waiting or running:
         while waiting and running < processes:
-            waiting.pop(0).start()
+            started.append(waiting.pop(0))
+            started[-1].start()
             running += 1
         row = rows.get()
         if row is None:
@@ -177,6 +181,10 @@ def measured_all(systems: Sequence[System], quick: bool, processes: int, file: P
         if file is not None:
             with file.open("a") as out:
                 out.write(json.dumps(row) + "\n")
+    for process in started:
+        process.join()
+        if process.exitcode:
+            raise SystemExit("a process of the benchmark failed; what it did stands in the rows, and the same command goes on from there")
     return found
 
 

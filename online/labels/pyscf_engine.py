@@ -1,7 +1,7 @@
-"""Labels by PySCF: Kohn-Sham DFT with density fitting for isolated clusters.
+"""Labels by PySCF: Kohn-Sham DFT with density fitting for isolated clusters, and for cells at the Gamma point.
 
 Its parts: `pyscf_ladder` gets the SCF to converge, `pyscf_start` keeps densities to start from, `pyscf_checks` says what is a label,
-`dispersion` adds D3 or D4, `pyscf_gpu` runs on a graphics card. The response of the integration grid belongs into the gradient, or
+`pyscf_periodic` makes cells, `dispersion` adds D3 or D4, `pyscf_gpu` runs on a graphics card. The response of the integration grid belongs into the gradient, or
 molecules feel a net force.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tumbaga.online.errors import LabelFailedError
-from tumbaga.online.labels import dispersion, geometry_gate, pyscf_checks, pyscf_gpu, pyscf_start
+from tumbaga.online.labels import dispersion, geometry_gate, pyscf_checks, pyscf_gpu, pyscf_periodic, pyscf_start
 from tumbaga.online.labels.pyscf_ladder import ATOM, HARTREE, WARM, Rung, Solution, climb, gap, quiet
 from tumbaga.online.records import Array, Frame, Label
 
@@ -27,7 +27,7 @@ _CHECK = (Rung(ATOM, 40),)
 
 @dataclass(frozen=True)
 class PySCFLabeller:
-    """Kohn-Sham energies and forces of isolated clusters: restricted where no electron is unpaired, unrestricted else.
+    """Kohn-Sham energies and forces of isolated clusters, or of cells: restricted where no electron is unpaired, unrestricted else.
 
     Attributes:
         xc: functional, as PySCF names it.
@@ -42,6 +42,9 @@ class PySCFLabeller:
             rubidium on, lanl sets from sodium on; "none" keeps all electrons.
         disp: "", "d3bj" or "d4": dispersion added to energy and forces.
         densities: how many of the last frames may serve for a warm start; 0 begins every SCF cold.
+        kpts: "" labels clusters, "1x1x1" cells at the Gamma point, with GTH potentials and a GTH basis; grid and ecp have no meaning then,
+            and every SCF begins cold.
+        ke_cutoff: of the uniform grid of cells, Hartree; forces are refused where it is too low for the elements.
         gpu: "auto" computes on a graphics card where there is one and gpu4pyscf, "never" does not.
 
     Set OMP_NUM_THREADS before PySCF is first imported; nothing is imported before the first label. Keeps the densities of its last labels.
@@ -61,6 +64,8 @@ class PySCFLabeller:
     ecp: str = ""
     disp: str = ""
     densities: int = 16
+    kpts: str = ""
+    ke_cutoff: float = 400.0
     gpu: str = "auto"
     _known: pyscf_start.Densities = field(init=False, repr=False, compare=False)
 
@@ -71,6 +76,8 @@ class PySCFLabeller:
             raise ValueError(f"cannot read spin = {self.spin!r}; it is {LOW} or the number of unpaired electrons, such as 0, 1 or 2")
         if self.gpu not in ("auto", "never"):
             raise ValueError(f"cannot read gpu = {self.gpu!r}; it is auto or never")
+        if self.kpts and (reason := pyscf_periodic.problem(self.kpts, self.basis)):
+            raise ValueError(reason)
         if self.disp and (reason := dispersion.problem(self.disp)):
             raise ValueError(reason)
 
@@ -78,13 +85,16 @@ class PySCFLabeller:
     def method(self) -> str:
         """Identifies the level of theory, e.g. "pyscf:pbe/def2-svp/grid2/df-jfit"; versions stand in each label's details."""
         functional = self.xc + (f"-{self.disp}" if self.disp else "")
-        core = self.ecp or (self.basis if self._first_core == _SODIUM else "")  # def2's own needs no name
+        level = f"grid{self.grid}/df-jfit"
+        if self.kpts:
+            level = f"{pyscf_periodic.PSEUDO}/ke{self.ke_cutoff:g}/k{self.kpts}"
+        core = "" if self.kpts else self.ecp or (self.basis if self._first_core == _SODIUM else "")  # def2's own needs no name
         said = (
             f"ecp-{core}" if core else "",
             "" if self.spin == LOW else f"spin{self.spin}",
             f"charge{self.charge:+d}" if self.charge else "",
         )
-        return "/".join(["pyscf:" + functional, self.basis, f"grid{self.grid}", "df-jfit", *filter(None, said)])
+        return "/".join(["pyscf:" + functional, self.basis, level, *filter(None, said)])
 
     def label(self, frame: Frame) -> Label:
         """Compute energy and forces of one cluster.
@@ -95,12 +105,16 @@ class PySCFLabeller:
             net_torque (eV), dispersion (eV), warnings, xc, basis, versions, peak_memory_mb (of the process).
 
         Raises:
-            LabelFailedError: the frame is periodic, fails the geometry gate, cannot have this spin, the SCF does not converge on any rung or
+            LabelFailedError: the frame is periodic and kpts is not set, or the other way round, it fails the geometry gate, cannot have this spin, the SCF does not converge on any rung or
                 only with smearing, spins mix, or the forces are not finite, too large or do not add up to zero.
         """
         started = time.perf_counter()
-        if frame.periodic:
-            raise LabelFailedError("PySCF labels are for isolated clusters only; this frame is periodic")
+        if frame.periodic != bool(self.kpts):
+            raise LabelFailedError(
+                f"kpts = {self.kpts} is for periodic frames; this one is an isolated cluster"
+                if self.kpts
+                else "these PySCF labels are for isolated clusters only, and this frame is periodic; kpts=1x1x1 with a gth basis labels cells"
+            )
         reason = geometry_gate.problem(frame)
         if reason is not None:
             raise LabelFailedError(f"the geometry is refused before any DFT: {reason}")
@@ -127,13 +141,16 @@ class PySCFLabeller:
     def _molecule(self, frame: Frame) -> Any:
         from pyscf import gto
 
+        unpaired = self._unpaired(int(frame.numbers.sum()) - self.charge)
+        if self.kpts:
+            return pyscf_periodic.cell(frame, self.basis, self.ke_cutoff, self.charge, unpaired, self.max_memory)
         numbers = [] if self.ecp == "none" else sorted(set(frame.numbers.tolist()))
         cores = {gto.mole._symbol(z): self.ecp or self.basis for z in numbers if z >= self._first_core}
         molecule = gto.Mole()
         molecule.atom = [(int(z), tuple(position)) for z, position in zip(frame.numbers, frame.positions.tolist(), strict=True)]
         molecule.unit = "Angstrom"
         molecule.basis, molecule.ecp = self.basis, cores
-        molecule.charge, molecule.spin = self.charge, self._unpaired(int(frame.numbers.sum()) - self.charge)
+        molecule.charge, molecule.spin = self.charge, unpaired
         molecule.max_memory, molecule.verbose = self.max_memory, 0
         try:
             # dump_input would print; parse_arg would read our own command line
@@ -153,11 +170,15 @@ class PySCFLabeller:
         return unpaired
 
     def _made(self, molecule: Any) -> Any:
+        """An SCF object of a molecule or cell, not yet run."""
         from pyscf import dft
 
-        made = (dft.UKS if molecule.spin else dft.RKS)(molecule, xc=self.xc).density_fit(auxbasis=FITTING)
-        made.grids.level, made.conv_tol = self.grid, self.conv_tol
-        made.chkfile = None
+        if self.kpts:
+            made = pyscf_periodic.field(molecule, self.xc)
+        else:
+            made = (dft.UKS if molecule.spin else dft.RKS)(molecule, xc=self.xc).density_fit(auxbasis=FITTING)
+            made.grids.level = self.grid
+        made.conv_tol, made.chkfile = self.conv_tol, None
         made._chkfile.close()  # PySCF opens it before it can be told not to: nothing to leave behind when the worker is killed
         return made
 
@@ -197,7 +218,7 @@ class PySCFLabeller:
         from pyscf.data import nist
 
         gradient = pyscf_gpu.gradient(solution.field, self._on_gpu)
-        gradient.grid_response = True
+        gradient.grid_response = not self.kpts  # a uniform grid does not move with the atoms
         forces = -np.asarray(gradient.kernel(), dtype=np.float64) * (nist.HARTREE2EV / nist.BOHR)
         return _Found(solution, float(solution.field.e_tot) * float(nist.HARTREE2EV), forces)
 
@@ -208,7 +229,7 @@ class PySCFLabeller:
     # -- what is kept ---------------------------------------------------------------------------------------------------------------
 
     def _keep(self, frame: Frame, found: _Found, start: _Start) -> None:
-        if not self.densities:
+        if not self.densities or frame.periodic:
             return
         done = found.solution.field
         density = pyscf_start.orthogonalised(np.asarray(done.make_rdm1()), done.mol.intor("int1e_ovlp"))

@@ -28,6 +28,7 @@ class Fault(enum.Enum):
     HANG = "hang"
     NAN = "nan"  # ends in a BadFrameError: no label can hold a number that is not finite
     EXIT = "exit"  # takes its process along, as running out of memory does
+    WRONG = "wrong"  # forces with the wrong sign, and not a word about it
 
 
 @dataclass
@@ -75,6 +76,8 @@ class ToyLabeller:
         if fault is Fault.RAISE:
             raise LabelFailedError("this labeller fails on purpose")
         energy, forces = lennard_jones(frame, self.epsilon)
+        if fault is Fault.WRONG:
+            forces = -forces
         energy += self.offset * float(frame.numbers.sum())
         label = Label(float("nan") if fault is Fault.NAN else energy, forces, self.method, time.perf_counter() - started)
         self._note("end", frame)

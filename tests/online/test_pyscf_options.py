@@ -167,3 +167,40 @@ def test_a_labeller_with_densities_pickles() -> None:
     engine.label(Frame(np.array([1, 1]), np.array([[0.0, 0, 0], [0.0, 0, 0.75]])))
 
     assert pickle.loads(pickle.dumps(engine)) == engine == PySCFLabeller(grid=1)
+
+
+BOX = np.diag([4.0, 4.0, 4.5])
+HYDROGEN = Frame(np.array([1, 1]), np.array([[0.1, 0.2, 0.3], [0.1, 0.5, 1.0]]), BOX, True)
+
+
+def test_forces_of_cells_are_slopes() -> None:
+    """Hydrogen in a box, closed shell and doublet, along a direction in which all atoms move, within 2 meV/Å."""
+    engine = PySCFLabeller(basis="gth-dzvp", kpts="1x1x1", ke_cutoff=120.0)
+    radical = Frame(np.array([1, 1, 1]), np.vstack([HYDROGEN.positions, [1.2, 1.3, 2.0]]), BOX, True)
+    for frame in (HYDROGEN, radical):
+        direction = np.random.default_rng(0).standard_normal(frame.positions.shape)
+        direction /= np.linalg.norm(direction)
+        energies = [engine.label(Frame(frame.numbers, frame.positions + step * direction, BOX, True)).energy for step in (0.01, -0.01)]
+        label = engine.label(frame)
+
+        assert -(energies[0] - energies[1]) / 0.02 == pytest.approx(float((label.forces * direction).sum()), abs=2e-3)
+        assert label.method == "pyscf:pbe/gth-dzvp/gth-pbe/ke120/k1x1x1"
+        assert label.details["start"] == {"kind": "cold"}
+
+
+def test_a_grid_too_coarse_for_a_cell_is_refused() -> None:
+    """Its forces do not add up to zero."""
+    with pytest.raises(LabelFailedError, match=r"add up to 0\.\d+ eV/Å instead of zero"):
+        PySCFLabeller(basis="gth-dzvp", kpts="1x1x1", ke_cutoff=60.0).label(HYDROGEN)
+
+
+def test_cells_and_clusters_are_of_different_levels() -> None:
+    """Each is refused by the other's labeller; meshes and bases that would give wrong forces are, too."""
+    with pytest.raises(LabelFailedError, match="isolated clusters only, and this frame is periodic"):
+        PySCFLabeller().label(HYDROGEN)
+    with pytest.raises(LabelFailedError, match="is for periodic frames"):
+        PySCFLabeller(basis="gth-dzvp", kpts="1x1x1").label(WATER)
+    with pytest.raises(UnknownMethodError, match="cannot have kpts = '2x2x1'"):
+        make_labeller("pyscf", kpts="2x2x1", basis="gth-dzvp")
+    with pytest.raises(UnknownMethodError, match="needs a basis made for pseudopotentials"):
+        make_labeller("pyscf", kpts="1x1x1")
