@@ -2,8 +2,8 @@
 
 It knows nothing of a run. Whoever started it holds its standard input; when that ends, by whatever death, this process removes its folder
 and takes its whole session along, so that programs which a calculator has started go too. What foreign code prints goes to standard error.
-Both ways: 8 bytes of length, then a msgpack header with raw arrays; an empty message says that a label has begun. `label_process` is the
-other side.
+Both ways: 8 bytes of length, then msgpack. It says what is wrong with the method, or nothing, in a first message; and answers each frame with
+an empty one when it begins and with the label when it has ended. `label_process` is the other side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import IO, Any, Final
 
 import msgspec
 import numpy as np
@@ -150,19 +150,19 @@ def _session(leader: int) -> list[int]:
 # -- the program -----------------------------------------------------------------------------------------------------------------------
 
 
-def send(stream: BinaryIO, message: bytes) -> None:
+def send(stream: IO[bytes], message: bytes) -> None:
     """Write one message."""
     stream.write(len(message).to_bytes(HEAD, "little") + message)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> bytes | None:
+def _receive(stream: IO[bytes]) -> bytes | None:
     head = stream.read(HEAD)
     message = stream.read(int.from_bytes(head, "little"))
     return message if len(head) == HEAD and len(message) == int.from_bytes(head, "little") else None
 
 
-def _listen(stream: BinaryIO, messages: queue.SimpleQueue[bytes]) -> None:
+def _listen(stream: IO[bytes], messages: queue.SimpleQueue[bytes]) -> None:
     while (message := _receive(stream)) is not None:
         messages.put(message)
     _leave(0)
@@ -198,6 +198,17 @@ def _answer(labeller: Labeller, message: bytes) -> bytes:
         return failed(f"{type(error).__name__}: {error}")
 
 
+def _prepared(labeller: Labeller) -> str:
+    """Have a labeller that can do so import what it needs; return what is wrong with it, for every frame, or nothing."""
+    prepare = getattr(labeller, "prepare", None)
+    try:
+        if prepare is not None:
+            prepare()
+    except LabelFailedError as error:
+        return f"cannot be used: {error}"[:_MOST_TEXT]
+    return ""
+
+
 def _keep(file: Path, answer: bytes) -> None:
     part = file.with_suffix(".part")
     with contextlib.suppress(OSError):  # a full disk: then the answer is in the pipe alone
@@ -216,6 +227,7 @@ def main() -> None:
     setup = msgspec.msgpack.decode(messages.get(), type=Setup)
     _behave(setup)
     labeller = make_labeller(setup.method, **setup.options)
+    send(answers, _prepared(labeller).encode())
     for _ in range(_LABELS):
         try:
             message = messages.get(timeout=setup.idle_s or None)

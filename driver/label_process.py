@@ -12,6 +12,7 @@ import os
 import queue
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import msgspec
 
 from tumbaga.driver import process
 from tumbaga.driver.label_child import EXIT_IDLE, HEAD, Setup, asked, failed, kept_file, kill_session, label_of, send
+from tumbaga.online.errors import OnlineError
 from tumbaga.online.records import Frame, Label
 
 PREFIX: Final = "tumbaga-label-"
@@ -41,12 +43,19 @@ class GivenUpError(Exception):
     """The label is not wanted any more."""
 
 
-class _DiedError(Exception):
-    """The process ended without an answer; with its exit code, and whether the label had begun."""
+class UnusableError(OnlineError):
+    """A method cannot be used where labels are computed, whatever the frame: nothing is labelled until the user mends that."""
 
-    def __init__(self, code: int, begun: bool) -> None:
-        super().__init__(code, begun)
-        self.code, self.begun = code, begun
+    def __init__(self, method: str, problem: str) -> None:
+        super().__init__(method, problem)
+        self.method, self.problem = method, problem
+
+    def __str__(self) -> str:
+        return f"label method {self.method!r} {self.problem}"
+
+
+class _KilledError(Exception):
+    """The process was killed by us, for a reason that is the frame's."""
 
 
 class Terms(msgspec.Struct, frozen=True):
@@ -106,12 +115,20 @@ class LabelProcess:
     def __init__(self, terms: Terms, prefix: str, log: Log) -> None:
         self._terms, self._prefix, self._log = terms, prefix, log
         self._process: subprocess.Popen[bytes] | None = None
-        self._scratch = ""
+        self._scratch, self._read = "", b""
 
     @property
     def pid(self) -> int | None:
         """Its process id while it runs."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def prepare(self) -> None:
+        """Start it, and have it import what it needs.
+
+        Raises:
+            UnusableError: the method cannot be used, whatever the frame.
+        """
+        self._attempt(None, lambda: False)
 
     def compute(self, ask: bytes, given_up: Callable[[], bool] = lambda: False) -> bytes:
         """Have one frame labelled; return the label, or the reason of a failure.
@@ -122,21 +139,9 @@ class LabelProcess:
 
         Raises:
             GivenUpError: it is not wanted any more, and its process was killed.
+            UnusableError: the method cannot be used, whatever the frame.
         """
-        deaths = false_starts = 0
-        while True:
-            try:
-                return self._once(ask, given_up)
-            except _DiedError as death:
-                self.close()
-                deaths, false_starts = deaths + death.begun, false_starts + (not death.begun)
-                if deaths >= self._terms.attempts:
-                    times = "once" if deaths == 1 else f"{deaths} times"
-                    return failed(f"the labelling process died {times} on this frame (last exit code {death.code})")
-                if false_starts >= _FALSE_STARTS:
-                    return failed(f"no labelling process could be started {false_starts} times in a row (last exit code {death.code})")
-                if death.code != EXIT_IDLE:
-                    self._log("warning", "labelling process died", deaths=deaths, code=death.code)
+        return self._attempt(ask, given_up)
 
     def forget(self, ask: bytes) -> None:
         """The answer to an ask is safe elsewhere."""
@@ -146,34 +151,54 @@ class LabelProcess:
     def _kept(self, ask: bytes) -> Path:
         return kept_file(self._terms.keep, self._terms.method, self._terms.options, ask)
 
-    def _once(self, ask: bytes, given_up: Callable[[], bool]) -> bytes:
-        if self._terms.keep:
-            with contextlib.suppress(OSError):  # paid for by one that was killed before the answer was safe
-                return self._kept(ask).read_bytes()
-        running = self._ready()
-        until = process.monotonic() + self._terms.time_limit
-        assert running.stdin is not None
-        assert running.stdout is not None
-        try:
-            send(running.stdin, ask)  # type: ignore[arg-type]
-        except OSError:
-            raise _DiedError(_end_of(running), False) from None
-        poller, answer = select.poll(), b""
-        poller.register(running.stdout, select.POLLIN)
+    def _attempt(self, ask: bytes | None, given_up: Callable[[], bool]) -> bytes:
+        """Have one frame labelled, or nothing but a process started, by as many processes as it takes and may take."""
+        deaths = false_starts = 0
         while True:
+            if ask is not None and self._terms.keep:
+                with contextlib.suppress(OSError):  # paid for by one that was killed before the answer was safe
+                    return self._kept(ask).read_bytes()
+            begun = False
+            try:
+                running = self._ready(given_up)
+                if ask is None:
+                    return b""
+                until = process.monotonic() + self._terms.time_limit
+                _send(running, ask)
+                self._next(running, until, given_up)
+                begun = True
+                return self._next(running, until, given_up)
+            except _KilledError as killed:
+                return failed(str(killed))
+            except (EOFError, BrokenPipeError):
+                code = self._ended()
+            deaths, false_starts = deaths + begun, false_starts + (not begun)
+            if deaths >= self._terms.attempts:
+                times = "once" if deaths == 1 else f"{deaths} times"
+                return failed(f"the labelling process died {times} on this frame (last exit code {code})")
+            if false_starts >= _FALSE_STARTS:
+                raise UnusableError(self._terms.method, f"has no process that could be started (last exit code {code})")
+            if code != EXIT_IDLE:
+                self._log("warning", "labelling process died", deaths=deaths, code=code)
+
+    def _next(self, running: subprocess.Popen[bytes], until: float, given_up: Callable[[], bool]) -> bytes:
+        """Wait for the next message; kill it when it takes too long or too much, or is not wanted any more."""
+        assert running.stdout is not None
+        poller = select.poll()
+        poller.register(running.stdout, select.POLLIN)
+        while len(self._read) < HEAD or len(self._read) < (end := HEAD + int.from_bytes(self._read[:HEAD], "little")):
             if poller.poll(1000 * _LOOK_S):
                 chunk = os.read(running.stdout.fileno(), 1 << 20)
                 if not chunk:
-                    raise _DiedError(_end_of(running), begun=bool(answer))
-                answer += chunk
-                if len(answer) >= 2 * HEAD and len(answer) == 2 * HEAD + int.from_bytes(answer[HEAD : 2 * HEAD], "little"):
-                    return answer[2 * HEAD :]
+                    raise EOFError
+                self._read += chunk
+                continue
             reason = self._reason_to_kill(running.pid, until)
             if reason or given_up():
                 self.close()
-                if reason:
-                    return failed(reason)
-                raise GivenUpError
+                raise _KilledError(reason) if reason else GivenUpError
+        message, self._read = self._read[HEAD:end], self._read[end:]
+        return message
 
     def _reason_to_kill(self, pid: int, until: float) -> str:
         if process.monotonic() > until:
@@ -183,27 +208,41 @@ class LabelProcess:
             return f"needed more memory than label.memory_gb = {self._terms.memory_gb:g} and was killed"
         return ""
 
-    def _ready(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+    def _ready(self, given_up: Callable[[], bool]) -> subprocess.Popen[bytes]:
+        """The process, once it has imported what it needs."""
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        self._scratch = tempfile.mkdtemp(prefix=self._prefix)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tumbaga.driver.label_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=self._scratch,  # calculators that write files write them where they are
+            env=_environment(self._scratch, self._terms.threads),
+            start_new_session=True,
+        )
+        setup = Setup(self._terms.method, self._terms.options, self._terms.cores, self._terms.idle_s, self._terms.keep)
+        _send(self._process, msgspec.msgpack.encode(setup))
+        problem = self._next(self._process, process.monotonic() + self._terms.time_limit, given_up)
+        if problem:
             self.close()
-            self._scratch = tempfile.mkdtemp(prefix=self._prefix)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tumbaga.driver.label_child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd=self._scratch,  # calculators that write files write them where they are
-                env=_environment(self._scratch, self._terms.threads),
-                start_new_session=True,
-            )
-            assert self._process.stdin is not None
-            setup = Setup(self._terms.method, self._terms.options, self._terms.cores, self._terms.idle_s, self._terms.keep)
-            with contextlib.suppress(OSError):  # dead already: seen at the next step
-                send(self._process.stdin, msgspec.msgpack.encode(setup))  # type: ignore[arg-type]
+            raise UnusableError(self._terms.method, problem.decode())
         return self._process
+
+    def _ended(self) -> int:
+        """The exit code of the process, which does not talk to us any more."""
+        assert self._process is not None
+        try:
+            return self._process.wait(_LAST_S)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Kill it and all that it has started, and remove its files. It can be used again."""
-        running, self._process = self._process, None
+        running, self._process, self._read = self._process, None, b""
         if running is not None:
             kill_session(running.pid)  # before it is waited for: until then nobody else has its number
             running.wait()
@@ -236,6 +275,14 @@ class LocalPool:
     def schedule(self, frame: Frame) -> Future[Label]:
         """Have a frame labelled by the process."""
         return self._threads.submit(self._compute, frame)
+
+    def prepare(self) -> None:
+        """Start the process, so that a user's mistake is told now and not at every frame.
+
+        Raises:
+            UnusableError: the method cannot be used.
+        """
+        self._process.prepare()
 
     def saved(self, frame: Frame) -> None:
         """The answer need not be kept any more."""
@@ -282,13 +329,9 @@ def prefix_of(run_dir: Path, name: str) -> str:
     return f"{PREFIX}{hashlib.sha256(os.fsencode(f'{run_dir}/{name}')).hexdigest()[:16]}-"
 
 
-def _end_of(running: subprocess.Popen[bytes]) -> int:
-    """The exit code of a process that does not talk to us any more."""
-    try:
-        return running.wait(_LAST_S)
-    except subprocess.TimeoutExpired:
-        kill_session(running.pid)
-        return running.wait()
+def _send(running: subprocess.Popen[bytes], message: bytes) -> None:
+    assert running.stdin is not None
+    send(running.stdin, message)
 
 
 def resident(pid: int) -> float:

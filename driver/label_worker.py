@@ -19,7 +19,7 @@ import zmq
 from tumbaga.driver import config as configs
 from tumbaga.driver import devices, process
 from tumbaga.driver.client_labels import ClientLabeller, ClientPool, make_labeller
-from tumbaga.driver.label_process import LocalPool, Log, Pool, Terms, prefix_of
+from tumbaga.driver.label_process import LocalPool, Log, Pool, Terms, UnusableError, prefix_of
 from tumbaga.driver.label_work import told
 from tumbaga.online import spool
 from tumbaga.online.errors import OnlineError
@@ -111,6 +111,8 @@ class Worker:
 def _result(task: bus.Task, future: Future[Label]) -> spool.Result:
     try:
         return spool.Result(task.task, task.frame, future.result())
+    except UnusableError:
+        raise  # no frame's fault: this worker leaves, and labels wait until the user has mended it
     except OnlineError as error:
         reason = str(error)
     except Exception as error:  # noqa: BLE001 - our own bug, which must not be one for the other labels too
@@ -122,7 +124,7 @@ def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log) -> P
     """Return where the worker of this name has its frames labelled.
 
     Raises:
-        OnlineError: a wrong method: a sentence now, not a failure of every label.
+        OnlineError: a wrong method, or one that cannot be used here: a sentence now, not a failure of every label.
         ConfigError: a client's address cannot be listened at.
     """
     chosen = settings.label
@@ -137,7 +139,13 @@ def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log) -> P
         return DaskPool(chosen.cluster, terms, chosen.workers, str(run_dir), log)
     keep = run_dir / spool.FOLDER
     keep.mkdir(exist_ok=True)
-    return LocalPool(msgspec.structs.replace(terms, cores=devices.for_labels(settings), keep=str(keep)), prefix_of(run_dir, name), log)
+    pool = LocalPool(msgspec.structs.replace(terms, cores=devices.for_labels(settings), keep=str(keep)), prefix_of(run_dir, name), log)
+    try:
+        pool.prepare()
+    except UnusableError:
+        pool.stop()
+        raise
+    return pool
 
 
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:

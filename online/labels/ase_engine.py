@@ -30,6 +30,18 @@ class AseLabeller:
         """Identifies the level of theory, e.g. "ase:ase.calculators.emt:EMT" or "ase:x:Y(a=1)"."""
         return f"ase:{self._path}" + said(self._options)
 
+    def prepare(self) -> None:
+        """Import and make the calculator.
+
+        Raises:
+            LabelFailedError: it cannot be made.
+        """
+        try:
+            if self._calculator is None:
+                self._calculator = self._made()
+        except Exception as error:  # whatever a foreign package raises
+            raise LabelFailedError(f"the calculator {self._path} failed: {type(error).__name__}: {error}") from error
+
     def label(self, frame: Frame) -> Label:
         """Compute the label of one frame, periodic or not.
 
@@ -38,9 +50,8 @@ class AseLabeller:
         """
         started = time.perf_counter()
         atoms = atoms_of(frame)
+        self.prepare()
         try:
-            if self._calculator is None:
-                self._calculator = self._made()
             atoms.calc = self._calculator
             energy, forces = float(atoms.get_potential_energy()), np.asarray(atoms.get_forces(), dtype=np.float64)
             virial = self._virial(atoms) if frame.periodic else None

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,6 +55,14 @@ class CallLabeller:
         """Identifies the level of theory, e.g. "call:dft.py:label(level=PBE-D4)"; of a file the name alone, since files move."""
         return f"call:{Path(self._where).name}:{self._name}" + said(self._options)
 
+    def prepare(self) -> None:
+        """Import the function.
+
+        Raises:
+            LabelFailedError: it cannot be imported.
+        """
+        self._imported()
+
     def label(self, frame: Frame) -> Label:
         """Call the function for one frame.
 
@@ -64,10 +73,9 @@ class CallLabeller:
             LabelFailedError: the function cannot be imported, fails, or returns something else than it should.
         """
         started = time.perf_counter()
-        if self._function is None:
-            self._function = self._imported()
+        function = self._imported()
         try:
-            returned = self._function(atoms_of(frame), **self._arguments)
+            returned = function(atoms_of(frame), **self._arguments)
         except Exception as error:  # a function of the user may raise anything; here its errors become ours
             raise LabelFailedError(f"the function {self._name} failed: {type(error).__name__}: {error}") from error
         parts = self._parts(returned)
@@ -119,15 +127,17 @@ class CallLabeller:
         return LabelFailedError(f"the function {self._name} returned {what}")
 
     def _imported(self) -> Callable[..., Any]:
+        if self._function is not None:
+            return self._function
         try:
             module = self._file() if self._where.endswith(".py") else importlib.import_module(self._where)
         except Exception as error:  # whatever stands there is executed
             raise LabelFailedError(f"{self._where} cannot be imported: {type(error).__name__}: {error}") from error
-        function = getattr(module, self._name, None)
-        if not callable(function):
+        function: Callable[..., Any] | None = getattr(module, self._name, None)
+        if function is None or not callable(function):
             raise LabelFailedError(f"{self._where} has no function {self._name}")
-        found: Callable[..., Any] = function
-        return found
+        self._function = function
+        return function
 
     def _file(self) -> Any:
         self._source = {"source": hashlib.sha256(Path(self._where).read_bytes()).hexdigest()[:16]}
@@ -135,6 +145,9 @@ class CallLabeller:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        # as for any script: modules beside it are found, and it finds itself, which dataclasses and pickle need
+        sys.path.append(str(Path(self._where).parent))
+        sys.modules[spec.name] = module
         spec.loader.exec_module(module)
         return module
 

@@ -19,7 +19,7 @@ import pytest
 from tumbaga.driver import config as configs
 from tumbaga.driver import devices
 from tumbaga.driver.errors import ConfigError
-from tumbaga.driver.label_process import LocalPool, Terms, resident
+from tumbaga.driver.label_process import LocalPool, Terms, UnusableError, resident
 from tumbaga.driver.label_worker import Worker
 from tumbaga.driver.testing import until
 from tumbaga.online import spool
@@ -296,6 +296,35 @@ def test_an_answer_is_kept_until_it_is_safe(tmp_path: Path, elsewhere: Elsewhere
     assert elsewhere.label("test:lj?epsilon=0.4", keep=str(keep)).energy != first.energy
     pool.schedule(FRAME).result(TIMEOUT)
     assert len(read_journal(journal)) == 4  # of another method, and after it was safe: computed
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("def label(:", "cannot be used: .*mine.py cannot be imported: SyntaxError"),
+        ("x = 1", "cannot be used: .*mine.py has no function label"),
+        ("import os; os._exit(3)", r"has no process that could be started \(last exit code 3\)"),
+    ],
+)
+def test_a_method_that_cannot_be_used_is_no_failure_of_frames(text: str, sentence: str, tmp_path: Path, elsewhere: Elsewhere) -> None:
+    """It is told when the worker starts; a worker that finds out later leaves, and nothing is written down of its frame."""
+    (tmp_path / "mine.py").write_text(text)
+    pool = elsewhere.pool(f"call:{tmp_path / 'mine.py'}:label")
+
+    with pytest.raises(UnusableError, match=sentence):
+        pool.prepare()
+    with pytest.raises(UnusableError, match=sentence):
+        pool.schedule(FRAME).result(TIMEOUT)
+
+
+def test_a_worker_with_a_method_that_cannot_be_used_leaves(bench: Bench) -> None:
+    """Its process ends with the sentence; the task stays, for a worker whose user has mended it."""
+    bench.line.give(4)
+    bench.turn()
+    bench.pool.futures[0].set_exception(UnusableError("call:mine.py:label", "cannot be used"))
+    with pytest.raises(UnusableError):
+        bench.turn()
+    assert bench.results() == []
 
 
 def test_a_label_that_hangs_is_killed(elsewhere: Elsewhere) -> None:

@@ -59,6 +59,19 @@ def test_a_function_may_tell_more(written: Callable[..., str]) -> None:
     assert label.details["source"] != make_labeller(written("return 0.0, np.zeros((2, 3))")).label(COPPER_GOLD).details["source"]
 
 
+def test_a_file_is_imported_like_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds modules beside it, and may define dataclasses."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("ENERGY = 2.5\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_it import ENERGY\n"
+        "@dataclass\nclass Made:\n    energy: float\n"
+        "def label(atoms):\n    return Made(ENERGY).energy, 0 * atoms.positions\n"
+    )
+
+    assert make_labeller(f"call:{tmp_path / 'mine.py'}:label").label(COPPER_GOLD).energy == 2.5
+
+
 def test_a_function_gets_the_frame_as_it_is(written: Callable[..., str]) -> None:
     """Species, positions, cell and periodicity."""
     body = "return dict(energy=atoms.get_volume(), forces=atoms.positions, details=dict(z=atoms.numbers, pbc=atoms.pbc))"
