@@ -133,6 +133,9 @@ class Learn(_Section, frozen=True):
         finetune_steps: of each such training; 0 for 1000, or 150 of a foundation model.
         finetune_frozen: groups of parameters that stay as they are then, such as "embedding" or "interactions.0" (see docs/transfer.md).
         finetune_device: "cpu", or "cuda" to train on a GPU, beside the force calls.
+        converged_calls: force calls that a version must have served alone, 99 % of the last so many within flag.force_error, until the run
+            is said to have converged.
+        converged_audits: labels of frames picked at random that must have come meanwhile, 90 % of them within flag.force_error.
     """
 
     enabled: bool = True
@@ -142,6 +145,8 @@ class Learn(_Section, frozen=True):
     finetune_steps: int = 0
     finetune_frozen: tuple[str, ...] = ()
     finetune_device: str = "cpu"
+    converged_calls: int = 20_000
+    converged_audits: int = 5
 
 
 class Policy(_Section, frozen=True):
@@ -207,6 +212,8 @@ class Config(_Section, frozen=True):
             ("learn.ramp_pause", self.learn.ramp_pause, 0),
             ("learn.finetune_every", self.learn.finetune_every, 0),
             ("learn.finetune_steps", self.learn.finetune_steps, 0),
+            ("learn.converged_calls", self.learn.converged_calls, 1),
+            ("learn.converged_audits", self.learn.converged_audits, 0),
             ("serve.max_refusals", self.serve.max_refusals, 1),
             ("serve.connections", self.serve.connections, 1),
             ("serve.window_ms", self.serve.window_ms, 0),

@@ -21,6 +21,7 @@ from tumbaga.driver.structures import read_frame
 from tumbaga.online.records import Frame
 
 FOLDER = "engine"
+STARTED = f"{FOLDER}/started.json"  # when an engine was started last, and from which step it goes on
 _BOX = 60.0  # Å: i-PI wants a cell; a cluster gets one that it never feels
 
 

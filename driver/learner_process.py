@@ -18,7 +18,7 @@ import numpy as np
 import zmq
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import learner_finetune, process
+from tumbaga.driver import learner_finetune, process, rolling_back, version_errors
 from tumbaga.driver.backends import registry
 from tumbaga.driver.client_labels import make_labeller
 from tumbaga.driver.errors import PotentialError
@@ -26,8 +26,10 @@ from tumbaga.driver.finetuning import Result
 from tumbaga.driver.full_disk import FullDisk
 from tumbaga.driver.label_work import Work, told
 from tumbaga.driver.learner_finetune import Candidate, FineTunes
+from tumbaga.driver.recording import Recorder
+from tumbaga.driver.rolling_back import RollingBack
 from tumbaga.driver.rollout import read_serving
-from tumbaga.online import quality, selection, spool, versions
+from tumbaga.online import auditing, convergence, quality, selection, spool, versions
 from tumbaga.online.errors import StoreFullError, VersionError, is_full
 from tumbaga.online.learner import Learner, Proposal, rmse_text
 from tumbaga.online.ports import Trainable
@@ -76,7 +78,10 @@ class LearnerProcess:
         self._learner = self._made(self._first)
         self._before = learner_finetune.Before(self._first, self._store, method)
         self._fine_tunes = FineTunes(run_dir, settings, self._store, learner_finetune.can_be_tuned(self._first))
-        self._version, self._path = 0, ""
+        self._recorder = Recorder(self._store, run_dir, settings.learn.ramp_steps)
+        self._rolling = RollingBack(self._store, run_dir)
+        self._convergence = convergence.Convergence(_until(settings))
+        self._version, self._path, self._hurry = 0, "", 0
         self._unlearnt = False
         self._noted: dict[str, Any] = {}  # of what serves, as it stands on disk
         self._resume()
@@ -171,6 +176,8 @@ class LearnerProcess:
                 self._gateway_message(received[1], received[2])
         if process.monotonic() >= self._due:
             self._due = process.monotonic() + _BEAT_S
+            self._look_for_requests()
+            self._look_for_the_end()
             self._tell_gateway()
             if self._learner.scale.known:
                 self._note_serving()  # what is known of a version's uncertainty must not be lost with this process
@@ -181,6 +188,10 @@ class LearnerProcess:
             self._candidate(message, buffers)
         elif isinstance(message, bus.NowServing):
             self._now_serving(message)
+        elif isinstance(message, bus.Journal):
+            self.gateway.send(bus.Noted(self._recorder.note(message)))
+        elif isinstance(message, bus.Alarm):
+            self._alarmed(message.version, message.reason, hurry=2)
 
     def _candidate(self, message: bus.Candidate, buffers: list[bytes]) -> None:
         numbers = bus.array(buffers[0], np.int64, (-1,))
@@ -192,7 +203,7 @@ class LearnerProcess:
             self._learner.candidate(
                 frame,
                 session=message.session,
-                step=message.step,
+                step=self._recorder.number(message.session, message.step),
                 reason=Reason(message.reason),
                 score=message.score,
                 lpr=message.lpr,
@@ -236,7 +247,7 @@ class LearnerProcess:
                 self._serve_newest()
                 self._note_serving()
                 self._tell_gateway()
-        elif message.version:
+        elif message.version and any(v.may_serve for v in self._store.versions() if v.number == message.version):
             self._store.set_version_state(message.version, "served")
             self._store.add_event("swap", version=message.version)
 
@@ -270,6 +281,7 @@ class LearnerProcess:
     def close(self) -> None:
         """Leave in order: what is in the spool is stored, what was not finished waits again and is no failure."""
         self._ingest()
+        self._recorder.keep()
         self._store.release_running()
         self._report()
         self._store.close()
@@ -290,10 +302,12 @@ class LearnerProcess:
                 continue
             learnt |= self._take(result)
             path.unlink()
-        if learnt:
+        if self._rolling.pinned is not None:
+            self._unlearnt = learnt  # nothing new is made while a version is pinned
+        elif learnt:
             self._update()
             self._order_fine_tune()
-        candidate = self._fine_tunes.came()
+        candidate = self._fine_tunes.came() if self._rolling.pinned is None else None
         if candidate is not None:
             self._take_fine_tune(candidate)
         if self._awaited:
@@ -307,6 +321,7 @@ class LearnerProcess:
             return False
         if not self._learner.label(result.task, result.frame, result.label):
             return False
+        self._audited(result.frame)
         return self._store.role(result.frame) is Role.TRAIN
 
     def _update(self) -> None:
@@ -332,9 +347,67 @@ class LearnerProcess:
         self._reporter.log("info", "update", version=number, ms=ms, **proposal.metrics)
 
     def _publish(self, number: int, path: str) -> None:
-        self._version, self._path = number, path
+        self._version, self._path, self._hurry = number, path, 0
         self._note_serving()
         self._tell_gateway()
+
+    # -- going back, and the end ----------------------------------------------------------------------------------------------------
+
+    def _look_for_requests(self) -> None:
+        """Carry out what a person has asked for by a file."""
+        request = rolling_back.asked(self._run_dir)
+        if request is None:
+            return
+        outcome = self._rolling.carry_out(request, self._version)
+        if outcome.after != self._version:
+            self._go_back(hurry=1)
+        rolling_back.answer(self._run_dir, outcome)
+        self._reporter.log("info", "rollback", before=outcome.before, after=outcome.after, problem=outcome.problem, note=outcome.note)
+
+    def _alarmed(self, version: int, reason: str, hurry: int) -> None:
+        """A version must not serve any longer. The labels that made it are kept; it is not made again before another one has come."""
+        gone = self._rolling.withdraw(version, reason)
+        if self._version in gone:
+            self._go_back(hurry)
+        if gone:
+            self._reporter.log("error", "version withdrawn", version=version, reason=reason, withdrawn=gone, serving=self._version)
+
+    def _go_back(self, hurry: int) -> None:
+        self._serve_newest()
+        self._hurry = hurry
+        self._note_serving()
+        self._tell_gateway()
+
+    def _audited(self, frame_id: int) -> None:
+        """Note what the label of an audited frame says; versions that are wrong again and again, where the one before was not, have to go."""
+        audit = auditing.audit_of(self._store, frame_id, self._method, self._learner.ratio)
+        if audit is None:
+            return
+        self._store.add_audit(audit)
+        found = auditing.beyond(self._store.audits(), self._version, self._settings.flag.force_error)
+        before = [v for v in self._store.versions() if v.may_serve and v.number < self._version]
+        if not found or not before:
+            return
+        frames, potential = [one.frame for one in found], self._settings.potential
+        try:
+            errors = version_errors.largest(self._store, self._run_dir, potential, before[-1], frames, self._method, self._potential)
+        except (VersionError, PotentialError):
+            return  # nothing to go back to
+        if all(error < one.force_max for error, one in zip(errors, found, strict=True)):
+            told = f"audits were wrong by {found[0].force_max:.2f} and {found[1].force_max:.2f} eV/Å, far beyond what it said of itself"
+            self._alarmed(self._version, f"{told}, and version {before[-1].number} is nearer to the labels", hurry=1)
+
+    def _look_for_the_end(self) -> None:
+        """Say when the run has converged, and when it no longer has."""
+        was = self._convergence.verdict
+        errors = [audit.force_max for audit in self._store.audits() if audit.version == self._version]
+        verdict = self._convergence.seen(self._recorder.standings, errors)
+        if verdict.done != was.done:
+            said = {"version": verdict.version, "steps": verdict.steps, "production": verdict.production, "why": verdict.why}
+            self._store.add_event("converged" if verdict.done else "no longer converged", **said)
+            self._reporter.log("info", "converged" if verdict.done else "no longer converged", **said)
+
+    # -- fine-tunes -----------------------------------------------------------------------------------------------------------------
 
     def _order_fine_tune(self) -> None:
         order = self._fine_tunes.order(self._version, self._path, self._method)
@@ -391,7 +464,7 @@ class LearnerProcess:
         return self._learner.scale.sigma(1.0) if self._learner.scale.known else None
 
     def _tell_gateway(self) -> None:
-        self.gateway.send(bus.Serve(self._version, self._path, self._scale(), self._learner.quantile.q))
+        self.gateway.send(bus.Serve(self._version, self._path, self._scale(), self._learner.quantile.q, self._hurry))
 
     def _notes(self) -> list[str]:
         """What a person should know of the budget; each is kept as an event, once."""
@@ -420,6 +493,11 @@ class LearnerProcess:
             "answered": {"learner": os.getpid()} if counts["converged"] > self._found else {},
         }
         self._reporter.state(**state)
+
+
+def _until(settings: configs.Config) -> convergence.Settings:
+    learn = settings.learn
+    return convergence.Settings(settings.flag.force_error, learn.converged_calls, audits=learn.converged_audits, margin=learn.ramp_pause)
 
 
 def _trainable(settings: configs.Potential) -> Trainable:

@@ -84,6 +84,8 @@ class Learner:
         self.sets: dict[Role, list[Labelled]] = {role: [] for role in Role}
         self.scale = ScoreScale()
         self.quantile = TrackedQuantile()
+        self.ratio = 0.0
+        """Error over uncertainty of the last label that came."""
         for stored in store.labels(method):
             self._learnt(stored)
         self._models.clear()
@@ -238,7 +240,8 @@ class Learner:
 
     def _calibrate(self, frame_id: int, label: Label, *, audit: bool) -> None:
         stds = force_std(self._model(frame_id).rows, self.covariance)
-        self.quantile = self.quantile.after(error_ratio(label.forces, self._store.served_forces(frame_id), stds), audit=audit)
+        self.ratio = error_ratio(label.forces, self._store.served_forces(frame_id), stds)
+        self.quantile = self.quantile.after(self.ratio, audit=audit)
 
     def _learnt(self, stored: StoredLabel) -> None:
         model = self._model(stored.frame_id, stored.frame)

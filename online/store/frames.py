@@ -89,9 +89,15 @@ class Frames(Database):
 
     def flags(self, frame_id: int) -> list[StoredFlag]:
         """All flags of a frame, the first one first; none for a frame that was imported."""
+        return self._flags("frame = ?", frame_id)
+
+    def flags_between(self, session: str, first: int, last: int) -> list[StoredFlag]:
+        """All flags of a session from one step to another, both included."""
+        return self._flags("session = ? AND step BETWEEN ? AND ?", session, first, last)
+
+    def _flags(self, which: str, *values: object) -> list[StoredFlag]:
         rows = self._db.execute(
-            "SELECT frame, session, step, reason, score, version, energy, forces, created FROM flags WHERE frame = ? ORDER BY id",
-            (frame_id,),
+            f"SELECT frame, session, step, reason, score, version, energy, forces, created FROM flags WHERE {which} ORDER BY id", values
         )
         return [StoredFlag(*(*row[:3], Reason(row[3]), *row[4:7], vectors(row[7]), row[8])) for row in rows]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tumbaga.online.store.database import Database
 
@@ -108,6 +108,16 @@ class Audit:
     created: float = 0.0
 
 
+class Taught(NamedTuple):
+    """A label that a version was fitted to: its id, its frame's, its method, when it came (seconds since the epoch), and whether it was imported."""
+
+    label: int
+    frame: int
+    method: str
+    created: float
+    imported: bool
+
+
 class Versions(Database):
     """The part of the store that keeps versions and what became of them."""
 
@@ -154,6 +164,15 @@ class Versions(Database):
         """The ids of the labels that a version was fitted to; none is known of versions that an older tumbaga made."""
         rows = self._db.execute("SELECT label FROM version_labels WHERE version = ? ORDER BY label", (number,))
         return [int(row[0]) for row in rows]
+
+    def taught(self, number: int) -> list[Taught]:
+        """What a version was fitted to, in the order in which the labels came."""
+        rows = self._db.execute(
+            "SELECT l.id, l.frame, l.method, l.created, l.imported FROM version_labels v JOIN labels l ON l.id = v.label "
+            "WHERE v.version = ? ORDER BY l.id",
+            (number,),
+        )
+        return [Taught(label, frame, method, created, bool(imported)) for label, frame, method, created, imported in rows]
 
     # -- gate, ramps, audits ---------------------------------------------------------------------------------------------------------
 

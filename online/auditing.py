@@ -1,0 +1,48 @@
+"""What labels of frames that were picked at random say of the forces that were served. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from tumbaga.online.records import Reason
+from tumbaga.online.store import Audit, Store
+
+BEYOND: Final = 3.0  # times the calibrated uncertainty: with 90 % coverage of a normal error, one of a million
+IN_A_ROW: Final = 2  # a single one may be a doubtful label, or a frame of a kind that was never seen
+
+
+def audit_of(store: Store, frame_id: int, method: str, ratio: float) -> Audit | None:
+    """Hold the label of an audited frame against what was served for it; None if the frame was no audit.
+
+    Args:
+        store: of the run.
+        frame_id: of the frame, whose label has come.
+        method: of the label.
+        ratio: of the error to the uncertainty, as the calibration tracks it.
+    """
+    stored = store.label_of(frame_id, method)
+    flag = next((flag for flag in store.flags(frame_id) if flag.reason is Reason.AUDIT), None)
+    if stored is None or flag is None:
+        return None
+    errors = stored.label.forces - flag.forces
+    largest = float(np.linalg.norm(errors, axis=1).max())
+    return Audit(frame_id, stored.id, flag.version, float(np.sqrt(np.mean(errors**2))), largest, min(ratio, 1e300), flag.score)
+
+
+def beyond(audits: Sequence[Audit], version: int, target: float) -> list[Audit]:
+    """The last audits of a version, if they say that it must not serve; empty if they do not.
+
+    They do if so many in a row were wrong by much more than the version said of itself, and by more than the user allows.
+
+    Args:
+        audits: of all versions, in their order.
+        version: its number.
+        target: the user's force error, eV/Å.
+    """
+    last = [audit for audit in audits if audit.version == version][-IN_A_ROW:]
+    if len(last) < IN_A_ROW or any(audit.force_max <= max(BEYOND * audit.promised, target) for audit in last):
+        return []
+    return last
