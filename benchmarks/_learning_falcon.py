@@ -38,7 +38,7 @@ def main(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     )
     atoms.calc, watch = made, teacher.Watch(made, atoms)
     looked, look_at, begun, step = 0.0, 0.0, time.perf_counter(), 0
-    for step in teacher.walk(atoms, task["seed"], task["steps"]):
+    for step in teacher.walk(atoms, task["seed"], task["steps"], watch.restarted):
         watch.note(step)
         if len(known) >= look_at:
             look_at, before = GROWTH * len(known), time.perf_counter()

@@ -21,6 +21,7 @@ FRICTION = 0.02  # in ASE's units of inverse time
 CELL = 40.0  # Å
 RATTLE = 0.05  # Å, standard deviation of each coordinate
 RATTLED = 10
+TORN, INSIDE = 3.5, 1.6  # Å: a nearest neighbour further away than the first, any pair nearer than the second
 
 
 class Teacher(EMT):  # type: ignore[misc] # ASE has no types
@@ -91,11 +92,27 @@ def dynamics(atoms: Atoms, seed: int) -> Langevin:
         )
 
 
-def walk(atoms: Atoms, seed: int, steps: int) -> Iterator[int]:
-    """Run the dynamics; yields the number of steps done after each, and 0 when the forces of the start are there."""
-    moving = dynamics(atoms, seed)
+def walk(atoms: Atoms, seed: int, steps: int, restarted: list[int] | None = None) -> Iterator[int]:
+    """Run the dynamics; yields the number of steps done after each, and 0 when the forces of the start are there.
+
+    A cluster that has come apart, or whose atoms are inside each other, is set back to the start with other velocities: what a user does
+    whose potential is not there yet. The steps at which that happened are added to `restarted`.
+    """
+    done, moving = 0, dynamics(atoms, seed)
     for _ in moving.irun(steps):
-        yield moving.nsteps
+        yield done
+        done += 1
+        if restarted is not None and broken(atoms):
+            restarted.append(done - 1)
+            again = start(len(atoms), seed + 1000 * len(restarted))
+            atoms.set_positions(again.positions)
+            atoms.set_momenta(again.get_momenta())
+
+
+def broken(atoms: Atoms) -> bool:
+    """Whether an atom has lost its neighbours, two are inside each other, or it is three times too hot."""
+    apart = atoms.get_all_distances() + np.eye(len(atoms)) * CELL
+    return bool(apart.min(axis=1).max() > TORN or apart.min() < INSIDE or atoms.get_temperature() > 3 * KELVIN)
 
 
 def teachers_own(size: int, seed: int, frames: int, settle: int = 200, stride: int = 10) -> list[Atoms]:
@@ -162,6 +179,7 @@ class Watch:
         self._frames: list[Atoms] = []
         self._forces: list[Any] = []
         self._kelvins: list[float] = []
+        self.restarted: list[int] = []
         calculator.calculate = self._timed
 
     def _timed(self, *arguments: Any, **more: Any) -> None:
@@ -184,6 +202,7 @@ class Watch:
             "p99_ms": float(np.quantile(calls, 0.99)),
             "max_ms": float(calls.max()),
             "calls": len(self._took),
+            "restarts": len(self.restarted),
             "kelvin": float(np.mean(self._kelvins)),
             "own_rmse": force_rmse(self._forces, labels_of(self._frames)),
         }

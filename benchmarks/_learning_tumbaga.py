@@ -43,12 +43,12 @@ def main(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     atoms = teacher.start(task["size"], task["seed"])
     with serve(atoms, run_dir=run) as calculator:
         atoms.calc, watch = calculator, teacher.Watch(calculator, atoms)
-        step, seconds, ended = walked(atoms, calculator, watch, task)
+        step, seconds, problem = walked(atoms, calculator, watch, task)
         told = watch.told()
     judged = curve(run, task, datasets.read(task["apart"]))
     for one in judged:
         say(one)
-    say({"steps": step, "seconds": seconds, **told, **counted(run), **unsure(run, task), "ended": ended})
+    say({"steps": step, "seconds": seconds, **told, **counted(run), **unsure(run, task), "ended": problem})
 
 
 def prepare(run: Path, task: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def walked(atoms: Atoms, calculator: ServedCalculator, watch: teacher.Watch, tas
     """Move until the steps are done and nothing is learnt any more; steps, seconds, and why it ended early."""
     begun, step, enough = time.perf_counter(), 0, Enough(calculator, task)
     try:
-        for step in teacher.walk(atoms, task["seed"], 10_000_000):
+        for step in teacher.walk(atoms, task["seed"], 10_000_000, watch.restarted):
             watch.note(step)
             if step % LOOK or step < task["steps"]:
                 continue
@@ -92,18 +92,25 @@ class Enough:
 
     def __call__(self, step: int) -> bool:
         """Look; `step` is the one now."""
-        labels = sum(self._calculator.status()["labels"][kind] for kind in ("converged", "failed"))
+        labels = ended(self._calculator.status())
         if labels != self._labels:
             self._labels, self._changed = labels, step
         at_rest = labels >= self._budget or step - self._changed >= QUIET_STEPS
         return at_rest and finetuning.open_order(self._calculator.run_dir) is None
 
 
+def ended(status: dict[str, Any]) -> int:
+    """Labels that were paid for, those that failed or were set aside included."""
+    return sum(count for kind, count in status["labels"].items() if kind not in ("pending", "running"))
+
+
 def counted(run: Path) -> dict[str, Any]:
-    """What the status says in the end."""
+    """What the status says in the end, and what became of fine-tunes."""
     status = json.loads((run / "status.json").read_text())
-    labels = {f"labels_{key}": status["labels"][key] for key in ("converged", "failed", "pending")}
-    return {**labels, "swaps": status["swaps"], "server_ms": status["call_ms"]}
+    labels = {f"labels_{key}": count for key, count in status["labels"].items()}
+    tuned = [json.loads(path.read_text()) for path in sorted((run / finetuning.FOLDER).glob("*/result.json"))]
+    told = [{"passed": one["passed"], "reason": one["reason"], **(one["metrics"] or {})} for one in tuned]
+    return {"paid": ended(status), "fine_tunes": told, **labels, "swaps": status["swaps"], "server_ms": status["call_ms"]}
 
 
 def curve(run: Path, task: dict[str, Any], apart: list[LabelledFrame]) -> list[dict[str, Any]]:

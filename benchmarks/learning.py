@@ -7,8 +7,9 @@ teacher, which takes 0, 2 or 60 s a label. FALCON (falcon-md 1.3.0, its default 
 environment of its own, pinned in constraints-falcon.txt, and begins with ten rattled copies (0.05 Å) of the start, labelled. Tumbaga:
   scratch  a network of the embedded potential's shape, new weights, trained on the same ten; they count as labels
   biased   the same network pre-trained on 60 frames of a wrong teacher (EMT 3 % too large and a fifth too soft), no label of the right one
-It is used as a user would: `serve` in an ASE script, `flag.force_error` 0.15 eV/Å, a frame in 50 steps at most, labels up to a budget of
-80, or fewer so that there are never more than FALCON had. The packaged painn:cuau-water is no start here: bare metal clusters are outside of
+It is used as a user would: `serve` in an ASE script, `flag.force_error` 0.15 eV/Å, a frame in 100 steps at most, labels up to a budget of
+80, or fewer so that there are never more than FALCON had; labels that were set aside count. A cluster that has come apart is set back to the
+start with other velocities, on both sides. The packaged painn:cuau-water is no start here: bare metal clusters are outside of
 what it has seen, and the guards refuse its forces within five steps; its error on the frames below is told all the same.
 
 A row of tumbaga goes on past its steps until the budget is spent and no fine-tune is under way, at most as long as a row may last: its steps
@@ -30,6 +31,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -57,8 +59,9 @@ PEER = ("falcon-md==1.3.0", "agox==3.11.1")
 SHAPE = "painn:cuau-water"  # whose network is trained from new weights
 FALCON, SCRATCH, BIASED, UNTUNED = "falcon", "scratch", "biased", "untuned"
 SEED, OTHER_SEED = 0, 1
-BUDGET, FORCE_ERROR, SPACING = 80, 0.15, 50
+BUDGET, FORCE_ERROR, SPACING = 80, 0.15, 100
 BIASED_FRAMES = 60
+BATCH_ATOMS = 64
 LONGEST_MS, FACTOR = 100.0, 2.0
 FALCON_SLOW_STEPS = {2.0: 20, 60.0: 3}  # steps of FALCON where a label takes so many seconds
 
@@ -167,7 +170,8 @@ class Ground:
         data = datasets.read(str(frames))
         start, sets = registry.load(SHAPE, "cpu"), Sets(train=data, valid=())
         tunable = transferring.opened(start, SHAPE, {})
-        epochs = max(1, round(self._length.training / max(1, len(data) * size // 64)))
+        batches = math.ceil(len(data) / max(1, BATCH_ATOMS // size))
+        epochs = max(1, round(self._length.training / batches))
         settings = transferring.settings_for(tunable, sets, True, {"seed": SEED, "epochs": epochs, "patience": 0})
         plan = transferring.Plan(tunable, sets, [], settings, from_scratch=True, compare=False)
         finish.write(path, transferring.carry_out(plan, self.folder / f"{side}-{size}").potential)
@@ -226,7 +230,7 @@ def measured(job: tuple[str, int, float, float], ground: Ground, length: Length,
         size,
         delay,
         accuracy,
-        labels=curve[-1][0],
+        labels=last.get("paid", 0) + task.get("known", 0) if side != FALCON else curve[-1][0],
         rmse=curve[-1][1],
         load=os.getloadavg()[0],
         curve=curve,
@@ -350,7 +354,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="13 atoms, no delay of 60 s, fewer steps, shorter trainings; the same checks")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, anew after each row")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the curves there, a PNG; needs matplotlib")
-    parser.add_argument("--only", metavar="PART", default="", help="rows whose name begins so, e.g. scratch-13 or falcon-38-0-0.1")
+    parser.add_argument("--only", metavar="PART", default="", help="rows with this in their names, e.g. scratch-13 or falcon-38-0-0.1")
     parser.add_argument("--go-on", metavar="FILE", type=Path, help="take the rows of an earlier --json, and measure what it lacks")
     parser.add_argument("--seconds", metavar="N", type=float, help="that a row may take, instead of 900")
     parser.add_argument("--work", metavar="DIR", type=Path, help="keep frames and first potentials there, and take those that are there")
@@ -371,7 +375,7 @@ def main() -> int:
         print(HEAD, flush=True)
         for job in jobs(length):
             known, name, size = {row.name: row for row in rows}, name_of(*job), job[1]
-            if not name.startswith(options.only) or name in known:
+            if options.only not in name or name in known:
                 continue
             if str(size) not in packaged:
                 packaged[str(size)] = untuned(ground.apart(size))
