@@ -31,14 +31,28 @@ class Database:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
         self._path, self._clock = path, clock
         with self._mapped("cannot be opened as a store"):
-            uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-            self._db = sqlite3.connect(uri, uri=True, isolation_level=None)
+            self._db = self._connected("ro" if read_only else "rwc")
         try:
             with self._mapped("cannot be opened as a store"):
                 self._prepare(read_only)
         except StoreError:
             self._db.close()
             raise
+
+    def _connected(self, mode: str) -> sqlite3.Connection:
+        uri = f"{self._path.resolve().as_uri()}?mode={mode}"
+        found = sqlite3.connect(uri, uri=True, isolation_level=None)
+        if mode == "ro" and self._path.exists():
+            try:
+                found.execute("PRAGMA user_version")
+            except sqlite3.OperationalError:
+                found.close()
+                log = self._path.with_name(self._path.name + "-wal")
+                if log.exists() and log.stat().st_size:
+                    raise
+                # a reader puts a small file beside the store, which a full or read-only disk does not take; and nobody writes to it now
+                found = sqlite3.connect(f"{uri}&immutable=1", uri=True, isolation_level=None)
+        return found
 
     def __enter__(self) -> Self:
         return self

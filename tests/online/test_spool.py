@@ -36,6 +36,18 @@ def test_a_label_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     assert path.name == "00000003.json"
 
 
+def test_a_virial_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    """That of a crystal's label is kept as well."""
+    virial = np.random.default_rng(1).standard_normal((3, 3))
+    spool.put(tmp_path, Result(3, 7, Label(-1.0, np.zeros((1, 3)), "ase:x", 1.0, {}, virial)))
+    ((_, found),) = spool.waiting(tmp_path)
+
+    assert found is not None
+    assert found.label is not None
+    assert found.label.virial is not None
+    assert found.label.virial.tobytes() == virial.tobytes()
+
+
 def test_a_failure_comes_back_with_its_reason(tmp_path: Path) -> None:
     """A failure has no label and the sentence it was put with."""
     spool.put(tmp_path, Result(4, 7, None, "the SCF did not converge"))

@@ -169,14 +169,27 @@ from test_store_faults import fill, put, StoreFullError
 from tumbaga.online.store import FILE, Store
 ballast = disk / "ballast"
 ballast.write_bytes(b"x" * 1_000_000)
+closed = Store(disk / "closed.sqlite")
+put(closed, 0)
+closed.close()
 store = Store(disk / FILE)
 stored = fill(store)
+with open(disk / "rest", "wb", buffering=0) as rest:
+    try:
+        while True:
+            rest.write(b"x")
+    except OSError:
+        pass
+stored_one = Store(disk / "closed.sqlite", read_only=True)
+print(len(stored_one.labels()), end=" ")
+stored_one.close()
 try:
     Store(disk / "another.sqlite")
     print("another store was made on a full disk")
 except StoreFullError:
     pass
 ballast.unlink()
+(disk / "rest").unlink()
 put(store, 1000)
 print(stored, len(store.labels()) + len(store.quarantined()), store._db.execute("PRAGMA integrity_check").fetchone()[0])
 """
@@ -196,7 +209,7 @@ def own_mounts() -> list[str]:
 
 
 def test_a_full_disk(tmp_path: Path, own_mounts: list[str]) -> None:
-    """On a disk of 2 MB that is really full the store keeps what it took, none can be made, and it goes on when there is room."""
+    """On a disk that is really full a store keeps what it took, can be read, and goes on when there is room; none can be made."""
     done = subprocess.run(
         [*own_mounts, sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path), str(Path(__file__).parent)],
         capture_output=True,
@@ -204,11 +217,40 @@ def test_a_full_disk(tmp_path: Path, own_mounts: list[str]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    stored, there, sound = done.stdout.split()
+    closed, stored, there, sound = done.stdout.split()
 
+    assert closed == "1"
     assert int(stored) > 5
     assert int(there) > int(stored)
     assert sound == "ok"
+
+
+ON_A_READ_ONLY_DISK = """
+import subprocess, sys
+from pathlib import Path
+disk = Path(sys.argv[1])
+sys.path.insert(0, sys.argv[2])
+from test_store_faults import put
+from tumbaga.online.store import FILE, Store
+with Store(disk / FILE) as store:
+    put(store, 0)
+subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+subprocess.run(["mount", "-o", "remount,ro,bind", str(disk)], check=True)
+with Store(disk / FILE, read_only=True) as store:
+    print(len(store.labels()))
+"""
+
+
+def test_an_archive_can_be_read(tmp_path: Path, own_mounts: list[str]) -> None:
+    """A run that lies where nobody can write is read."""
+    done = subprocess.run(
+        [*own_mounts, sys.executable, "-c", ON_A_READ_ONLY_DISK, str(tmp_path), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
 
 
 def test_what_counts_as_full() -> None:
