@@ -86,4 +86,4 @@ $(CHGNET)/installed: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 clean:  ## remove the environments and everything built
-	rm -rf $(VENV) $(GUEST) $(MACE) $(CHGNET) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(GUEST) $(MACE) $(CHGNET) .venv-falcon dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

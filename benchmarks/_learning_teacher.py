@@ -98,12 +98,10 @@ def walk(atoms: Atoms, seed: int, steps: int, restarted: list[int] | None = None
     A cluster that has come apart, or whose atoms are inside each other, is set back to the start with other velocities: what a user does
     whose potential is not there yet. The steps at which that happened are added to `restarted`.
     """
-    done, moving = 0, dynamics(atoms, seed)
-    for _ in moving.irun(steps):
+    for done, _ in enumerate(dynamics(atoms, seed).irun(steps)):
         yield done
-        done += 1
         if restarted is not None and broken(atoms):
-            restarted.append(done - 1)
+            restarted.append(done)
             again = start(len(atoms), seed + 1000 * len(restarted))
             atoms.set_positions(again.positions)
             atoms.set_momenta(again.get_momenta())
