@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from tumbaga.driver import cli_evaluate, cli_export, cli_label, cli_transfer
+from tumbaga.driver import cli_evaluate, cli_export, cli_label, cli_transfer, cli_versions
 from tumbaga.driver import config as configs
 from tumbaga.driver.errors import ConfigError, DriverError, RunDirError
 
@@ -269,6 +269,9 @@ app.command()(cli_transfer.transfer)
 app.command()(cli_label.label)
 app.command()(cli_export.export)
 app.command("import")(cli_export.import_)
+app.command()(cli_versions.versions)
+app.command()(cli_versions.rollback)
+app.command()(cli_versions.trace)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def summary(run_dir: Path, status: dict[str, Any], files: list[Path]) -> str:
         lines.append(f"  the evaluator was restarted {status['evaluator_restarts']} times; no force call was lost")
     lines += _waits(status)
     lines += _learning(run_dir, status)
+    lines += [f"  {said}" for said in _end(status)]
     lines += [f"  ! {error}" for error in status["errors"][-5:]]
     lines += ["", "files", f"  {run_dir}/"]
     lines += [f"    {name:14s} {what}" for name, what in _FILES.items() if (run_dir / name).exists()]
@@ -155,6 +156,13 @@ def _errors(rmse: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _end(status: dict[str, Any]) -> list[str]:
+    """Whether learning is done, and whether somebody has stopped it."""
+    pinned, said = status.get("pinned"), status.get("convergence", {}).get("said")
+    lines = [f"version {pinned} is pinned, no new one is made; go on with: tumbaga rollback RUN --release"] if pinned is not None else []
+    return lines + ([said] if said else [])
+
+
 def status_text(run_dir: Path, status: dict[str, Any]) -> str:
     """A status for people."""
     labels, ms, restarts = status["labels"], status["call_ms"], status["restarts"]
@@ -171,6 +179,7 @@ def status_text(run_dir: Path, status: dict[str, Any]) -> str:
     lines += _quarantine(run_dir, status)
     lines += [f"  budget         {note}" for note in status.get("notes", [])]
     lines += _errors(status["force_rmse"])
+    lines += [f"  learning       {said}" for said in _end(status)]
     lines += [f"  session        {s['name']}: {s['state']}, {s['forces']} forces" for s in status["sessions"]]
     lines += [f"  ! {error}" for error in status["errors"]]
     return "\n".join(lines)
