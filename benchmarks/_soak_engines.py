@@ -215,7 +215,8 @@ def bohr(structure: Path) -> np.ndarray:
     return positions
 
 
-def _listening(address: Address) -> socket.socket:
+def listening(address: Address) -> socket.socket:
+    """A socket that listens and waits a minute for whoever dials."""
     sock = socket.socket(socket.AF_UNIX if address.path else socket.AF_INET)
     if not address.path:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -227,7 +228,7 @@ def _listening(address: Address) -> socket.socket:
 
 def main() -> None:
     where, structure, calls = sys.argv[1:]
-    with _listening(Address.parse(where)) as sock:
+    with listening(Address.parse(where)) as sock:
         peer, _ = sock.accept()
     with peer:
         peer.settimeout(None)  # a limit would cost a system call each time
