@@ -114,8 +114,8 @@ def short_range(case: Case) -> Check:
         if not wall.any():
             continue  # not all models have walls everywhere: nothing that was never there is asked for
         walls += 1
-        share, told = _Wall.of(case.candidate, scan).against(original, wall)
-        if share < case.limits.wall_share and share < _Wall.of(case.serving, scan).against(original, wall)[0]:
+        share, told = _Wall.of(case.candidate, scan).against(original, wall, case.limits.wall_height)
+        if share < case.limits.wall_share and share < _Wall.of(case.serving, scan).against(original, wall, case.limits.wall_height)[0]:
             problems.append(f"{chemical_symbols[pair[0]]}-{chemical_symbols[pair[1]]} {told}")
         worst = min(worst, share)
     numbers = {"pairs": len(pairs), "scanned": scanned, "repulsive": walls, "broken": len(problems), "least_share": worst}
@@ -139,18 +139,24 @@ class _Wall:
     def climb(self, wall: Bools) -> Array:
         """Energy from outside to each distance, over those steps alone that lie within the wall, eV."""
         steps = np.where(wall[:-1] & wall[1:], self.energies[:-1] - self.energies[1:], 0.0)
-        return np.cumsum(steps[::-1])[::-1]
+        return np.append(np.cumsum(steps[::-1])[::-1], 0.0)
 
-    def against(self, original: _Wall, wall: Bools) -> tuple[float, str]:
-        """Return the smallest share of the original's climb that is left, or the pull (below 0, eV/Å) where there is one, in words, too."""
+    def against(self, original: _Wall, wall: Bools, height: float) -> tuple[float, str]:
+        """Compare from outside to where the pair has climbed to a height, eV: what is behind is out of reach.
+
+        Returns:
+            The smallest share that is left of the original's climb, or, below 0, the strongest pull where there is any, eV/Å; in words, too.
+        """
         if not (np.isfinite(self.pushes[wall]).all() and np.isfinite(self.energies).all()):
             return -np.inf, "has numbers that are not finite"
-        at = int(np.where(wall, self.pushes, np.inf).argmin())
+        climb, before = self.climb(wall), np.minimum(original.climb(wall), height)
+        nearest = np.flatnonzero(climb >= height).max(initial=0)
+        reached = wall & (np.arange(len(wall)) >= nearest)
+        at = int(np.where(reached, self.pushes, np.inf).argmin())
         if self.pushes[at] < 0.0:
             return float(self.pushes[at]), f"is pulled together by {-self.pushes[at]:.1f} eV/Å at {self.distances[at]:.2f} Å"
-        before = original.climb(wall)
-        high = before > _CLIMB
-        share = float((self.climb(wall)[high] / before[high]).min()) if high.any() else 1.0
+        high = reached & (before > _CLIMB)
+        share = float((climb[high] / before[high]).min()) if high.any() else 1.0
         return share, f"has {share:.0%} of its repulsion left"
 
 
