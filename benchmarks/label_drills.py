@@ -261,7 +261,7 @@ def accounted(run: Run) -> dict[str, Any]:
     ordered = {fault: {key for what, key, _ in journal if what == fault} for fault in (HANG, MEMORY)}
     with contextlib.closing(Store(run.run_dir / FILE, read_only=True)) as store:
         stored = Counter(one.frame.key for one in store.labels())
-        stored += Counter(store.frame(one.frame).key for one in store.quarantined())
+        stored += Counter(one.stored.frame.key for one in store.quarantined())
         reasons = [(store.frame(frame).key, reason) for frame, reason in store.failures()]
     faults = [f"{key} was computed and is not stored" for key in ended if not stored[key]]
     faults += [f"{key} was computed {times} times" for key, times in ended.items() if times > 1]
