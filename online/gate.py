@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tumbaga.online import gate_labels, gate_physics, gate_shadow
+from tumbaga.online import gate_labels, gate_physics, gate_shadow, gate_walls
 from tumbaga.online.gate_asking import Asked, Case, collect
 from tumbaga.online.gate_records import FINE_TUNE, LAST_LAYER, Check, Evidence, Known, Limits
 from tumbaga.online.ports import Potential, Trainable
@@ -72,7 +72,7 @@ def gate(
             "consistency": lambda: gate_physics.consistency(case),
             "audits": lambda: gate_labels.audits(case, answers),
             "replay": lambda: gate_labels.replay(case, answers),
-            "short range": lambda: gate_physics.short_range(case),
+            "short range": lambda: gate_walls.short_range(case),
             "shadow MD": lambda: gate_shadow.shadow_md(case),
             "calibration": lambda: gate_labels.calibration(case),
         }

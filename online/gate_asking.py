@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from tumbaga.online.gate_records import Evidence, Limits
+from tumbaga.online.guards import Verdict, check_frame
 from tumbaga.online.ports import Potential
 from tumbaga.online.records import Array, Frame, Prediction, Role
 
@@ -74,6 +75,12 @@ class Case:
     evidence: Evidence
     limits: Limits
     clock: Callable[[], float]
+
+    @property
+    def sound(self) -> list[Frame]:
+        """Frames of more than one atom in which the guards find nothing, recent ones first."""
+        frames = [*self.evidence.recent, *self.evidence.frames]
+        return [one for one in frames if len(one) > 1 and check_frame(one).verdict is Verdict.OK]
 
     def until(self, share: float) -> float:
         """When a share of the gate's time, from now on, is over."""

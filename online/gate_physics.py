@@ -1,28 +1,21 @@
-"""Checks of the gate on what any potential is bound to: finite numbers, forces that are the slope of the energy, walls between atoms."""
+"""Checks of the gate on what any potential is bound to: finite numbers, forces that are the slope of the energy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations_with_replacement
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
-from ase.data import chemical_symbols
 
 from tumbaga.online.gate_asking import Answers, Asked, Case
 from tumbaga.online.gate_records import Check
-from tumbaga.online.guards import COVALENT_RADII, Verdict, check_frame
 from tumbaga.online.ports import Potential, Trainable
 from tumbaga.online.records import Array, Frame
 
-Bools = npt.NDArray[np.bool_]
 _STEP: Final = 0.02  # Å to either side: in float32 the noise of energies (a few 1e-6 eV) is then below 1e-4 eV/Å
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(3)
 _FRAMES, _ATOMS = 2, 3
-_RATIOS: Final = np.linspace(0.5, 1.0, 41)  # of the sum of covalent radii
-_CLIMB: Final = 1.0  # eV: less of a wall is not compared
 
 
 def weights(candidate: Trainable) -> Check:
@@ -55,7 +48,7 @@ def consistency(case: Case) -> Check:
 
     The serving version may be no better, in its arithmetic or its form; then as much is borne.
     """
-    frames = _sound(case)
+    frames = case.sound[:_FRAMES]
     if not frames:
         return Check("consistency", True, {"frames": 0}, "there is no frame to hold energies against forces on")
     limit = case.limits.gradient
@@ -98,77 +91,6 @@ def gradient_error(potential: Asked, frames: Sequence[Frame], seed: int = 0) -> 
             error = abs(work + said[1].energy - said[0].energy) / (2.0 * _STEP) / max(1.0, largest)
             worst = max(worst, error if np.isfinite(error) else np.inf)
     return worst
-
-
-def short_range(case: Case) -> Check:
-    """Judge pairs of atoms, pressed together: where the original pushes them apart the candidate must, too, and not much less."""
-    pairs = list(combinations_with_replacement(case.evidence.species, 2))
-    scans = [_scan(pair) for pair in pairs]
-    until, problems, worst, scanned, walls = case.until(0.15), [], 1.0, 0, 0
-    for pair, scan in zip(pairs, scans, strict=True):
-        if scanned and case.clock() >= until:
-            break
-        scanned += 1
-        original = _Wall.of(case.original, scan)
-        wall = original.pushes > case.limits.wall
-        if not wall.any():
-            continue  # not all models have walls everywhere: nothing that was never there is asked for
-        walls += 1
-        share, told = _Wall.of(case.candidate, scan).against(original, wall, case.limits.wall_height)
-        if share < case.limits.wall_share and share < _Wall.of(case.serving, scan).against(original, wall, case.limits.wall_height)[0]:
-            problems.append(f"{chemical_symbols[pair[0]]}-{chemical_symbols[pair[1]]} {told}")
-        worst = min(worst, share)
-    numbers = {"pairs": len(pairs), "scanned": scanned, "repulsive": walls, "broken": len(problems), "least_share": worst}
-    if problems:
-        return Check("short range", False, numbers, f"{len(problems)} of {walls} repulsive pairs are so no more: {problems[0]}")
-    return Check("short range", True, numbers, f"{walls} of {scanned} pairs are repulsive in the original potential, and still are")
-
-
-class _Wall:
-    """A pair over its distances, ascending, Å: energy, eV, and the force that pushes it apart, eV/Å."""
-
-    def __init__(self, distances: Array, energies: Array, pushes: Array) -> None:
-        self.distances, self.energies, self.pushes = distances, energies, pushes
-
-    @classmethod
-    def of(cls, potential: Asked, scan: Sequence[Frame]) -> _Wall:
-        said = potential.all_of(scan)
-        distances = np.array([frame.positions[1, 0] for frame in scan])
-        return cls(distances, np.array([one.energy for one in said]), np.array([one.forces[1, 0] for one in said]))
-
-    def climb(self, wall: Bools) -> Array:
-        """Energy from outside to each distance, over those steps alone that lie within the wall, eV."""
-        steps = np.where(wall[:-1] & wall[1:], self.energies[:-1] - self.energies[1:], 0.0)
-        return np.append(np.cumsum(steps[::-1])[::-1], 0.0)
-
-    def against(self, original: _Wall, wall: Bools, height: float) -> tuple[float, str]:
-        """Compare from outside to where the pair has climbed to a height, eV: what is behind is out of reach.
-
-        Returns:
-            The smallest share that is left of the original's climb, or, below 0, the strongest pull where there is any, eV/Å; in words, too.
-        """
-        if not (np.isfinite(self.pushes[wall]).all() and np.isfinite(self.energies).all()):
-            return -np.inf, "has numbers that are not finite"
-        climb, before = self.climb(wall), np.minimum(original.climb(wall), height)
-        nearest = np.flatnonzero(climb >= height).max(initial=0)
-        reached = wall & (np.arange(len(wall)) >= nearest)
-        at = int(np.where(reached, self.pushes, np.inf).argmin())
-        if self.pushes[at] < 0.0:
-            return float(self.pushes[at]), f"is pulled together by {-self.pushes[at]:.1f} eV/Å at {self.distances[at]:.2f} Å"
-        high = reached & (before > _CLIMB)
-        share = float((climb[high] / before[high]).min()) if high.any() else 1.0
-        return share, f"has {share:.0%} of its repulsion left"
-
-
-def _scan(pair: tuple[int, int]) -> list[Frame]:
-    distances = _RATIOS * float(COVALENT_RADII[list(pair)].sum())
-    return [Frame(np.array(pair), np.array([[0.0, 0.0, 0.0], [distance, 0.0, 0.0]])) for distance in distances]
-
-
-def _sound(case: Case) -> list[Frame]:
-    """A few frames of more than one atom in which the guards find nothing."""
-    several = [one for one in [*case.evidence.recent, *case.evidence.frames] if len(one) > 1 and check_frame(one).verdict is Verdict.OK]
-    return several[:_FRAMES]
 
 
 def _apart(candidate: Asked, twin: Potential, frames: Sequence[Frame]) -> float:
