@@ -25,7 +25,8 @@ import msgspec
 
 from tumbaga.driver import process
 from tumbaga.driver.label_child import asked, failed, label_of
-from tumbaga.driver.label_process import PREFIX, GivenUpError, LabelProcess, Log, Notes, Terms
+from tumbaga.driver.label_pool import PREFIX, Notes
+from tumbaga.driver.label_process import GivenUpError, LabelProcess, Log, Terms
 from tumbaga.online.records import Frame, Label
 
 _LOOK_S: Final = 0.2

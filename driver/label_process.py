@@ -7,31 +7,26 @@ RLIMIT_AS and RLIMIT_DATA stop what is harmless (with 8 threads it reserves 13 G
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import queue
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
 from tumbaga.driver import process
-from tumbaga.driver.label_child import EXIT_IDLE, HEAD, Setup, asked, failed, kept_file, kill_session, label_of, send
+from tumbaga.driver.label_child import EXIT_IDLE, HEAD, Setup, failed, kept_file, kill_session, send
 from tumbaga.online.errors import OnlineError
-from tumbaga.online.records import Frame, Label
 
-PREFIX: Final = "tumbaga-label-"
 _LOOK_S: Final = 0.2  # between two looks at the clock, the memory and whether the label is still wanted
 _LAST_S: Final = 5.0
+_START_S: Final = 300.0  # for imports, from a slow disk maybe
 _FALSE_STARTS: Final = 5
 _GB: Final = 1e9
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -84,25 +79,6 @@ class Terms(msgspec.Struct, frozen=True):
     keep: str = ""
 
 
-class Pool(Protocol):
-    """Where a label worker has its frames labelled."""
-
-    def schedule(self, frame: Frame) -> Future[Label]:
-        """Have a frame labelled. The future fails with an OnlineError that says why there is no label."""
-
-    def saved(self, frame: Frame) -> None:
-        """The result of a frame is on disk: nothing else needs to be kept of it."""
-
-    def fileno(self) -> int:
-        """For a poller: readable when `turn` has something to do; -1 if that is never so."""
-
-    def turn(self) -> None:
-        """Do what is to be done in the worker's own loop, without waiting."""
-
-    def stop(self) -> None:
-        """Give up all labels under way."""
-
-
 class LabelProcess:
     """One labelling process, started at its first frame and again whenever it has died.
 
@@ -122,13 +98,14 @@ class LabelProcess:
         """Its process id while it runs."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
-    def prepare(self) -> None:
+    def prepare(self, given_up: Callable[[], bool] = lambda: False) -> None:
         """Start it, and have it import what it needs.
 
         Raises:
+            GivenUpError: nothing is wanted any more.
             UnusableError: the method cannot be used, whatever the frame.
         """
-        self._attempt(None, lambda: False)
+        self._attempt(None, given_up)
 
     def compute(self, ask: bytes, given_up: Callable[[], bool] = lambda: False) -> bytes:
         """Have one frame labelled; return the label, or the reason of a failure.
@@ -169,6 +146,8 @@ class LabelProcess:
                 begun = True
                 return self._next(running, until, given_up)
             except _KilledError as killed:
+                if not begun:
+                    raise UnusableError(self._terms.method, f"cannot be used: what it imports {killed}") from None
                 return failed(str(killed))
             except (EOFError, BrokenPipeError):
                 code = self._ended()
@@ -224,7 +203,7 @@ class LabelProcess:
         )
         setup = Setup(self._terms.method, self._terms.options, self._terms.cores, self._terms.idle_s, self._terms.keep)
         _send(self._process, msgspec.msgpack.encode(setup))
-        problem = self._next(self._process, process.monotonic() + self._terms.time_limit, given_up)
+        problem = self._next(self._process, process.monotonic() + max(_START_S, self._terms.time_limit), given_up)
         if problem:
             self.close()
             raise UnusableError(self._terms.method, problem.decode())
@@ -253,80 +232,6 @@ class LabelProcess:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = ""
-
-
-class LocalPool:
-    """One labelling process on this machine.
-
-    Args:
-        terms: how it labels.
-        prefix: of the names of its folders; those that an earlier one of this prefix left behind are removed.
-        log: of the worker; called from `turn` only.
-    """
-
-    def __init__(self, terms: Terms, prefix: str, log: Log) -> None:
-        for left_behind in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            shutil.rmtree(left_behind, ignore_errors=True)
-        self._notes = Notes(log)
-        self._process = LabelProcess(terms, prefix, self._notes.add)
-        self._stopping = threading.Event()
-        self._threads = ThreadPoolExecutor(1, "label")
-
-    def schedule(self, frame: Frame) -> Future[Label]:
-        """Have a frame labelled by the process."""
-        return self._threads.submit(self._compute, frame)
-
-    def prepare(self) -> None:
-        """Start the process, so that a user's mistake is told now and not at every frame.
-
-        Raises:
-            UnusableError: the method cannot be used.
-        """
-        self._process.prepare()
-
-    def saved(self, frame: Frame) -> None:
-        """The answer need not be kept any more."""
-        self._process.forget(asked(frame))
-
-    def _compute(self, frame: Frame) -> Label:
-        return label_of(self._process.compute(asked(frame), self._stopping.is_set))
-
-    def fileno(self) -> int:
-        """Nothing to wait for."""
-        return -1
-
-    def turn(self) -> None:
-        """Pass on what is to be logged."""
-        self._notes.tell()
-
-    def stop(self) -> None:
-        """Kill the process."""
-        self._stopping.set()
-        self._threads.shutdown()
-        self._process.close()
-
-
-class Notes:
-    """What threads want to be logged, kept until the one thread that may log does so."""
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self._kept: queue.SimpleQueue[tuple[str, str, dict[str, Any]]] = queue.SimpleQueue()
-
-    def add(self, level: str, event: str, **detail: Any) -> None:
-        """Keep a line."""
-        self._kept.put((level, event, detail))
-
-    def tell(self) -> None:
-        """Log all that is kept."""
-        while not self._kept.empty():
-            level, event, detail = self._kept.get()
-            self._log(level, event, **detail)
-
-
-def prefix_of(run_dir: Path, name: str) -> str:
-    """Return what the folders for temporary files of a worker begin with."""
-    return f"{PREFIX}{hashlib.sha256(os.fsencode(f'{run_dir}/{name}')).hexdigest()[:16]}-"
 
 
 def _send(running: subprocess.Popen[bytes], message: bytes) -> None:

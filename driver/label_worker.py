@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import zmq
 from tumbaga.driver import config as configs
 from tumbaga.driver import devices, process
 from tumbaga.driver.client_labels import ClientLabeller, ClientPool, make_labeller
-from tumbaga.driver.label_process import LocalPool, Log, Pool, Terms, UnusableError, prefix_of
+from tumbaga.driver.label_pool import LocalPool, Pool, prefix_of
+from tumbaga.driver.label_process import GivenUpError, Log, Terms, UnusableError
 from tumbaga.driver.label_work import told
 from tumbaga.online import spool
 from tumbaga.online.errors import OnlineError
@@ -120,10 +122,11 @@ def _result(task: bus.Task, future: Future[Label]) -> spool.Result:
     return spool.Result(task.task, task.frame, None, reason)
 
 
-def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log) -> Pool:
-    """Return where the worker of this name has its frames labelled.
+def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log, unwanted: Callable[[], bool]) -> Pool:
+    """Return where the worker of this name has its frames labelled, unless that is not wanted any more meanwhile.
 
     Raises:
+        GivenUpError: it is not.
         OnlineError: a wrong method, or one that cannot be used here: a sentence now, not a failure of every label.
         ConfigError: a client's address cannot be listened at.
     """
@@ -141,8 +144,8 @@ def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log) -> P
     keep.mkdir(exist_ok=True)
     pool = LocalPool(msgspec.structs.replace(terms, cores=devices.for_labels(settings), keep=str(keep)), prefix_of(run_dir, name), log)
     try:
-        pool.prepare()
-    except UnusableError:
+        pool.prepare(unwanted)
+    except (GivenUpError, UnusableError):
         pool.stop()
         raise
     return pool
@@ -153,7 +156,10 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     settings, _ = told(run_dir, sys.argv[3:])
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, sys.argv[2])
-    pool = make_pool(run_dir, sys.argv[2], settings, reporter.log)
+    try:
+        pool = make_pool(run_dir, sys.argv[2], settings, reporter.log, lambda: lifeline.cut_off)
+    except GivenUpError:
+        return
     # one process has as many labels under way on a cluster as there would be workers here
     names = [f"label-{index}" for index in range(settings.label.workers)] if settings.label.cluster else [sys.argv[2]]
     workers, poller = [], zmq.Poller()

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tumbaga.driver.label_process import LocalPool, Terms
+from tumbaga.driver.label_pool import LocalPool
+from tumbaga.driver.label_process import Terms
 from tumbaga.driver.testing import Program, until
 from tumbaga.online.errors import LabelFailedError
 from tumbaga.online.labels.factory import make_labeller

@@ -19,7 +19,8 @@ import pytest
 from tumbaga.driver import config as configs
 from tumbaga.driver import devices
 from tumbaga.driver.errors import ConfigError
-from tumbaga.driver.label_process import LocalPool, Terms, UnusableError, resident
+from tumbaga.driver.label_pool import LocalPool
+from tumbaga.driver.label_process import Terms, UnusableError, resident
 from tumbaga.driver.label_worker import Worker
 from tumbaga.driver.testing import until
 from tumbaga.online import spool
@@ -303,13 +304,14 @@ def test_an_answer_is_kept_until_it_is_safe(tmp_path: Path, elsewhere: Elsewhere
     [
         ("def label(:", "cannot be used: .*mine.py cannot be imported: SyntaxError"),
         ("x = 1", "cannot be used: .*mine.py has no function label"),
+        ("kept = bytearray(400_000_000)\nimport time; time.sleep(3600)", "cannot be used: what it imports needed more memory than"),
         ("import os; os._exit(3)", r"has no process that could be started \(last exit code 3\)"),
     ],
 )
 def test_a_method_that_cannot_be_used_is_no_failure_of_frames(text: str, sentence: str, tmp_path: Path, elsewhere: Elsewhere) -> None:
     """It is told when the worker starts; a worker that finds out later leaves, and nothing is written down of its frame."""
     (tmp_path / "mine.py").write_text(text)
-    pool = elsewhere.pool(f"call:{tmp_path / 'mine.py'}:label")
+    pool = elsewhere.pool(f"call:{tmp_path / 'mine.py'}:label", memory_gb=0.3)
 
     with pytest.raises(UnusableError, match=sentence):
         pool.prepare()
@@ -398,7 +400,8 @@ def test_a_killed_worker_takes_its_label_along(tmp_path: Path) -> None:
     )
     program = (
         "import numpy as np\n"
-        "from tumbaga.driver.label_process import LocalPool, Terms\n"
+        "from tumbaga.driver.label_pool import LocalPool\n"
+        "from tumbaga.driver.label_process import Terms\n"
         "from tumbaga.online.records import Frame\n"
         f"pool = LocalPool(Terms('call:{tmp_path / 'mine.py'}:label'), 'tumbaga-label-test-', print)\n"
         "pool.schedule(Frame(np.array([1]), np.zeros((1, 3)))).result()\n"
