@@ -16,7 +16,7 @@ In the end no more labels are begun, and every frame that was begun is looked fo
 there once, with its label; none was computed to its end twice; hanging and eating frames are failures with their reason, tried once; no other
 has failed; labels went on after each drill; the engine's connection held, all its numbers were finite, and 99 % of its calls during a drill
 took at most FACTOR times those beside it, or FLOOR_MS more. A frame may be begun again as often as its worker was killed, so label.attempts
-is ATTEMPTS here.
+is ATTEMPTS here; and now and then a label is waited for between two kills: who dies six times without having done anything is not started again.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def nothing(run: Run, times: int) -> None:
 
 def workers(run: Run, times: int) -> None:
     """Kill the label worker, or its labelling process."""
-    for _ in range(times):
+    for number in range(times):
+        if number % 4 == 3:
+            run.more_labels(1)
         run.some_moment()
         run.kill(run.some_victim())
     run.more_labels(1)
@@ -177,6 +179,7 @@ def workers(run: Run, times: int) -> None:
 def learner(run: Run, times: int) -> None:
     """Kill the learner."""
     for _ in range(times):
+        run.more_labels(2)
         run.some_moment()
         run.kill("learner")
     run.more_labels(1)
