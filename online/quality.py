@@ -24,9 +24,9 @@ from tumbaga.online.records import Array, Frame, Label
 
 LEAST = 6  # other labels that it takes to judge one
 SIGMAS = 5.0  # robust standard deviations
-_MISSED = 0.7  # of the size of a label's forces: below it a label is believed however well the others are predicted
+_MISSED = 0.6  # of the size of a label's forces: below it a label is believed however well the others are predicted
 _QUIET_FORCE = 0.3  # eV/Å; where all forces are small, their size means little
-_FORCE_SPREAD = (0.2, 0.35)  # bounds of the scale of log(error / predicted error)
+_FORCE_SPREAD = (0.2, 0.3)  # bounds of the scale of log(error / predicted error)
 _ENERGY_SPREAD = 0.15  # eV per sqrt(atom), the least scale of energy errors
 _MAD = 1.4826  # from a median absolute deviation to a standard deviation, for normal errors
 
@@ -123,8 +123,8 @@ def _judged(one: Labelled, error: LeftOut, others: Sequence[tuple[Labelled, Left
         sigmas, usual = _sigmas(math.log(error.ratio), logs, *_FORCE_SPREAD)
         if sigmas > SIGMAS:
             said = (
-                f"forces that {len(others)} other labels contradict: off by {error.force:.2f} eV/Å where {error.spread:.2f} was expected, "
-                f"{error.ratio / math.exp(usual):.0f} times as far as theirs are"
+                f"forces that {len(others)} other labels contradict: they are off by {error.force:.2f} eV/Å where {error.spread:.2f} was expected, "
+                f"{error.ratio / math.exp(usual):.0f} times as much as is usual"
             )
             numbers = {"error": error.force, "expected": error.spread, "share": share, "sigmas": sigmas}
             found.append((sigmas, one, Doubt("forces", said, numbers)))
