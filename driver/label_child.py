@@ -226,19 +226,21 @@ def main() -> None:
     threading.Thread(target=_listen, args=(asks, messages), name="listen", daemon=True).start()
     setup = msgspec.msgpack.decode(messages.get(), type=Setup)
     _behave(setup)
+    with contextlib.suppress(BrokenPipeError, queue.Empty):  # whoever asked is gone, or asks no more
+        _work(setup, messages, answers)
+    _leave(EXIT_IDLE)
+
+
+def _work(setup: Setup, messages: queue.SimpleQueue[bytes], answers: IO[bytes]) -> None:
     labeller = make_labeller(setup.method, **setup.options)
     send(answers, _prepared(labeller).encode())
     for _ in range(_LABELS):
-        try:
-            message = messages.get(timeout=setup.idle_s or None)
-        except queue.Empty:
-            break
+        message = messages.get(timeout=setup.idle_s or None)
         send(answers, b"")  # it has begun: if this process dies now, the frame may be why
         answer = _answer(labeller, message)
         if setup.keep:
             _keep(kept_file(setup.keep, setup.method, setup.options, message), answer)
         send(answers, answer)
-    _leave(EXIT_IDLE)
 
 
 if __name__ == "__main__":
