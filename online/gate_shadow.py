@@ -34,10 +34,12 @@ def shadow_md(case: Case) -> Check:
     course = _within(case, case.candidate, frames, plan)
     before = None if not _problems(course, None, plan, limits) else _within(case, case.serving, frames, plan)
     problems = _problems(course, before, plan, limits)
-    numbers: dict[str, Number] = {**_numbers(course), "left_out": len(case.evidence.recent) - len(quiet)}
+    asked = limits.shadow_steps + limits.steady_steps
+    numbers: dict[str, Number] = {**_numbers(course), "steps_asked": asked, "left_out": len(case.evidence.recent) - len(quiet)}
     if before is not None:
         numbers |= {f"{key}_serving": value for key, value in _numbers(before).items() if key in ("broken", "temperature", "drift")}
-    told = f"{course.replicas} runs of {course.steps} steps of {course.timestep:.2g} fs at {plan.temperature:g} K: "
+    short = f" (of {asked}: there was no time for more)" if course.steps < asked and len(course.broken) < course.replicas else ""
+    told = f"{course.replicas} runs of {course.steps} steps{short} of {course.timestep:.2g} fs at {plan.temperature:g} K: "
     if before is not None and not problems:
         told += f"{'; '.join(_problems(course, None, plan, limits))}, but no worse than the serving version"
     else:

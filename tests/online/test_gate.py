@@ -299,12 +299,27 @@ def test_few_labels_are_no_toss_of_a_coin(count: int) -> None:
     assert refused[2.0] >= (60 if count == 1 else 130)
 
 
+@pytest.mark.parametrize(("ratio", "limits", "sound"), [(1.1, FINE_TUNE, False), (1.04, FINE_TUNE, False), (1.04, LAST_LAYER, True)])
+def test_a_little_worse_on_each_of_many_labels_is_significant(ratio: float, limits: Limits, sound: bool) -> None:
+    """Less than would be clearly worse, but on all ten labels: refused, unless it is within what a last-layer update may lose."""
+    frames = [Frame(np.array([1]), np.full((1, 3), float(k))) for k in range(10)]
+    labels = [Known(one, Label(0.0, np.zeros((1, 3)), "test", 0.0), Role.HOLDOUT) for one in frames]
+    sizes = np.linspace(0.1, 0.2, 10)
+    serving, candidate = (_Said(frames, size) for size in (sizes, sizes * (ratio + 0.01 * np.sin(np.arange(10)))))
+    case = Case(candidate, serving, serving, Evidence(labels), limits, lambda: 0.0)  # type: ignore[arg-type]
+    check = audits(case, collect(case))
+
+    assert check.passed is sound
+    assert check.reason.endswith("significantly more than the serving version's") is not sound
+    assert "more than 1." not in check.reason
+
+
 class _Said:
     """Says forces of a given size, of which the labels say that there are none."""
 
     def __init__(self, frames: Sequence[Frame], sizes: Array) -> None:
         self._said = {
-            frame.key: Prediction(0.0, np.full((3, 3), size), np.zeros((3, 3))) for frame, size in zip(frames, sizes, strict=True)
+            frame.key: Prediction(0.0, np.full((len(frame), 3), size), np.zeros((3, 3))) for frame, size in zip(frames, sizes, strict=True)
         }
 
     def all_of(self, frames: Sequence[Frame], until: float = math.inf) -> list[Prediction]:
@@ -470,5 +485,6 @@ def test_a_slow_potential_is_asked_less_but_about_all_held_out_labels(potential:
     assert 0 < checks["replay"].numbers["frames"] < checks["replay"].numbers["given"] == 200
     assert 0 < checks["short range"].numbers["scanned"] < checks["short range"].numbers["pairs"]
     assert checks["shadow MD"].numbers["replicas"] == 1
-    assert 20 <= checks["shadow MD"].numbers["steps"] < 300
+    assert 20 <= checks["shadow MD"].numbers["steps"] < checks["shadow MD"].numbers["steps_asked"] == 300
+    assert "(of 300: there was no time for more)" in checks["shadow MD"].reason
     assert max(np.diff(told)) < 10.0
