@@ -14,6 +14,7 @@ from tumbaga.driver import config as configs
 from tumbaga.driver.errors import ConfigError, DataError, RunDirError
 from tumbaga.driver.rundir import RunDir
 from tumbaga.online.errors import OnlineError
+from tumbaga.online.ports import PotentialSpec
 from tumbaga.online.records import Frame, Label, LabelledFrame, Role
 from tumbaga.online.selection import TRAIN_PER_HOLDOUT
 from tumbaga.online.store import FILE, Store
@@ -89,6 +90,18 @@ def method_of(settings: configs.Config) -> str:
         raise ConfigError("label.method", str(error)) from error
 
 
+def check_elements(store: Store, method: str, spec: PotentialSpec, run: Path) -> None:
+    """Find labels that a potential cannot learn from, since they were imported before it was known which one the run would have.
+
+    Raises:
+        RunDirError: there are some; the sentence says which elements it does not know.
+    """
+    strange = {number for one in store.labels(method) for number in one.frame.numbers.tolist()} - set(spec.elements)
+    if spec.elements and strange:
+        told = f"holds labels with {_names(strange)}, which {spec.name} does not know; choose another directory, and import with --only"
+        raise RunDirError(str(run), told)
+
+
 class _Checked:
     """Looks at each label before it is stored.
 
@@ -151,10 +164,13 @@ class _Checked:
         )
 
     def _check_elements(self, one: LabelledFrame) -> None:
-        strange = sorted(set(one.frame.numbers.tolist()) - self._elements) if self._elements else []
-        if strange:
-            names = ", ".join(chemical_symbols[number] for number in strange)
-            raise DataError(one.source, f"holds {names}, which the run's potential does not know; choose frames with --only")
+        strange = set(one.frame.numbers.tolist()) - self._elements
+        if self._elements and strange:
+            raise DataError(one.source, f"holds {_names(strange)}, which the run's potential does not know; choose frames with --only")
+
+
+def _names(numbers: Iterable[int]) -> str:
+    return ", ".join(chemical_symbols[number] for number in sorted(numbers))
 
 
 def _only_method(store: Store, run: Path) -> str:

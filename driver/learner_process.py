@@ -24,6 +24,7 @@ from tumbaga.driver.client_labels import make_labeller
 from tumbaga.driver.errors import PotentialError
 from tumbaga.driver.finetuning import Result
 from tumbaga.driver.full_disk import FullDisk
+from tumbaga.driver.importing import check_elements
 from tumbaga.driver.label_work import Work, told
 from tumbaga.driver.learner_finetune import Candidate, FineTunes
 from tumbaga.driver.recording import Recorder
@@ -73,6 +74,7 @@ class LearnerProcess:
         self._store = Store(run_dir / FILE)
         limits = selection.Limits(settings.flag.force_error, settings.label.budget, settings.label.core_hours)
         method = make_labeller(settings.label.method, **settings.label.options).method
+        check_elements(self._store, method, self._potential.spec, run_dir)
         self._first, self._limits, self._method = self._potential, limits, method
         self._origin = self._network = learner_finetune.network_of(self._first)
         self._learner = self._made(self._first)

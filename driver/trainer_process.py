@@ -16,10 +16,11 @@ from tumbaga.driver import config as configs
 from tumbaga.driver import finetuning, process
 from tumbaga.driver.errors import DriverError
 from tumbaga.driver.finetuning import Order, Result
-from tumbaga.online.errors import OnlineError, TrainingStoppedError
+from tumbaga.online.errors import OnlineError, StoreFullError, TrainingStoppedError, is_full
 
 _LOOK_S = 0.5
 _REPORT_S = 0.5
+_ROOM_S = 10.0  # between two tries on a full disk
 
 
 class Trainer:
@@ -45,9 +46,15 @@ class Trainer:
         self._reporter.log("info", "fine-tune started", number=order.number, parent=order.parent, labels=len(order.train))
         try:
             result = self._carried_out(order)
+            finetuning.put_result(self._run_dir, result)
         except TrainingStoppedError:
             return
-        finetuning.put_result(self._run_dir, result)
+        except (OSError, StoreFullError) as error:
+            if not is_full(error):
+                raise
+            self._reporter.log("error", "fine-tune waits: the disk is full", number=order.number)
+            self._lifeline.wait(_ROOM_S)  # then the same order again, from its newest checkpoint
+            return
         self._reporter.log(
             "info", "fine-tune ended", number=order.number, passed=result.passed, reason=result.reason, **(result.metrics or {})
         )
@@ -62,8 +69,12 @@ class Trainer:
         except TrainingStoppedError:
             raise
         except (DriverError, OnlineError) as error:
+            if is_full(error):
+                raise
             return Result(order, False, f"no candidate: {error}")
-        except Exception as error:  # noqa: BLE001 - whatever a foreign back end does in training, the run goes on and the reason is kept
+        except Exception as error:
+            if is_full(error):
+                raise
             return Result(order, False, f"no candidate: {type(error).__name__}: {error}")
 
     def _observe(self, told: dict[str, Any]) -> None:
@@ -75,6 +86,8 @@ class Trainer:
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:
     """Fine-tune until told to leave."""
     os.nice(15)  # everything else comes first
+    # torch makes a folder there as soon as there is an optimiser, although nothing is compiled
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(run_dir / finetuning.FOLDER / "torch")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = process.Reporter(context, "trainer")
     trainer = Trainer(run_dir, configs.load(run_dir), reporter, lifeline)

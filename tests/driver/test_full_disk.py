@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import zmq
 
-from tumbaga.driver import process, rundir
+from tumbaga.driver import config as configs
+from tumbaga.driver import finetuning, process, rundir, trainer_process
+from tumbaga.driver.finetuning import Order
 from tumbaga.driver.full_disk import SENTENCE, FullDisk
 from tumbaga.driver.learner_process import make_ends
 from tumbaga.driver.rundir import STATUS, RunDir
 from tumbaga.online import versions
+from tumbaga.online.errors import StoreFullError
 from tumbaga.socket_protocol import bus
 
 
@@ -137,6 +140,37 @@ def test_room_for_a_little_is_none_for_large_versions(bench: Bench, tmp_path: Pa
         assert not bench.full.turn()
     bench.now = 10.3
     assert bench.full.turn()
+
+
+class Lifeline:
+    """Notes how long somebody waited."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+        self.cut_off = False
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        return False
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space"), StoreFullError("store.sqlite")])
+def test_a_fine_tune_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """On a full disk the order stays open, no result is made of it, and the trainer waits instead of dying again and again."""
+    finetuning.put_order(tmp_path, Order(1, 0, "a", "a", (1,), (), "test:a"))
+    reporter, lifeline = Reporter(), Lifeline()
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tumbaga.driver.trainer.carry_out", full)
+    made = trainer_process.Trainer(tmp_path, configs.Config(), reporter, lifeline)  # type: ignore[arg-type]
+    made.turn()
+    made.turn()
+
+    assert reporter.events == ["fine-tune started", "fine-tune waits: the disk is full"] * 2
+    assert lifeline.waits == [10.0, 10.0]
+    assert finetuning.open_order(tmp_path) is not None
 
 
 def test_a_status_that_is_written_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from ase.io import write
 
 from tumbaga.driver import cli, learner_process
 from tumbaga.driver import config as configs
+from tumbaga.driver.errors import RunDirError
 from tumbaga.driver.learner_process import LearnerProcess
 from tumbaga.driver.rundir import RunDir
 from tumbaga.online.records import Frame, Label, Reason, Role
@@ -254,6 +255,18 @@ def test_a_run_learns_from_what_was_imported(tumbaga: Tumbaga, monkeypatch: pyte
         monkeypatch.chdir(run.parent)
 
     assert versions == [[(0, 0), (1, 20)], [(0, 0), (1, 20), (2, 40)]]
+
+
+def test_a_potential_that_came_later_and_does_not_know_them(tumbaga: Tumbaga, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that were imported before anybody said which potential it would be: the learner says what is wrong instead of dying of it."""
+    monkeypatch.setattr(learner_process, "_trainable", lambda _: ToyTrainable((1, 8), np.zeros(8), n_gaussians=2))
+    write("train.extxyz", frames(2, 0, "OHCl"))
+    assert tumbaga("import", "run", "train.extxyz", "--method", METHOD)[0] == 0
+
+    with pytest.raises(
+        RunDirError, match=r"holds labels with Cl, which toy.* does not know; choose another directory, and import with --only"
+    ):
+        LearnerProcess(Path("run"), SETTINGS, None, Reporter())  # type: ignore[arg-type]
 
 
 def test_the_command_line_of_export(tumbaga: Tumbaga) -> None:
