@@ -176,7 +176,7 @@ HYDROGEN = Frame(np.array([1, 1]), np.array([[0.1, 0.2, 0.3], [0.1, 0.5, 1.0]]),
 def test_forces_of_cells_are_slopes() -> None:
     """Hydrogen in a box, closed shell and doublet, along a direction in which all atoms move, within 2 meV/Å."""
     engine = PySCFLabeller(basis="gth-dzvp", kpts="1x1x1", ke_cutoff=120.0)
-    radical = Frame(np.array([1, 1, 1]), np.vstack([HYDROGEN.positions, [1.2, 1.3, 2.0]]), BOX, True)
+    radical = Frame(np.array([1, 1, 1]), np.vstack([HYDROGEN.positions, [0.1, 0.8, 1.9]]), BOX, True)
     for frame in (HYDROGEN, radical):
         direction = np.random.default_rng(0).standard_normal(frame.positions.shape)
         direction /= np.linalg.norm(direction)

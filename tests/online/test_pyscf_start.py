@@ -90,18 +90,18 @@ def test_what_calls_for_a_cold_scf(near: Known, gap: float | None, energy: float
             raise AssertionError(found)
 
 
-def test_a_warm_label_is_the_cold_one() -> None:
+@pytest.mark.parametrize("charge", [0, 1])
+def test_a_warm_label_is_the_cold_one(charge: int) -> None:
     """Within 1e-3 meV and 0.5 meV/Å, for a closed shell and for a doublet, in fewer cycles."""
-    hydroxyl = Frame(np.array([8, 1]), np.array([[0.0, 0.0, 0.0], [0.1, 0.0, 1.0]]))
-    for frame in (WATER, hydroxyl):
-        warm, cold = PySCFLabeller(grid=1), PySCFLabeller(grid=1, densities=0)
-        warm.label(frame)
-        one, other = (engine.label(moved(frame, 0.03)) for engine in (warm, cold))
+    warm, cold = PySCFLabeller(grid=1, charge=charge), PySCFLabeller(grid=1, charge=charge, densities=0)
+    warm.label(WATER)
+    one, other = (engine.label(moved(WATER, 0.03)) for engine in (warm, cold))
 
-        assert (one.details["start"]["kind"], other.details["start"]["kind"]) == ("warm", "cold")
-        assert one.energy == pytest.approx(other.energy, abs=1e-6)
-        np.testing.assert_allclose(one.forces, other.forces, atol=5e-4)
-        assert one.details["cycles"] < other.details["cycles"]
+    assert (one.details["start"]["kind"], other.details["start"]["kind"]) == ("warm", "cold")
+    assert one.details["spin"] == charge
+    assert one.energy == pytest.approx(other.energy, abs=1e-6)
+    np.testing.assert_allclose(one.forces, other.forces, atol=5e-4)
+    assert one.details["cycles"] < other.details["cycles"]
 
 
 def test_a_lower_cold_solution_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
