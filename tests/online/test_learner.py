@@ -27,11 +27,13 @@ UNBOUND = Bounds(force=0.0, net_force=0.0)  # the toy has forces that no label s
 class Bench:
     """A learner, its store, and somebody who flags frames and labels them."""
 
-    def __init__(self, path: Path, toy: ToyTrainable, truth: ToyTrainable, limits: Limits, method: str = METHOD) -> None:
+    def __init__(
+        self, path: Path, toy: ToyTrainable, truth: ToyTrainable, limits: Limits, method: str = METHOD, bounds: Bounds = UNBOUND
+    ) -> None:
         self.store = Store(path)
         self.toy, self.truth = toy, truth
         self.told: list[tuple[str, dict[str, Any]]] = []
-        self.learner = Learner(toy, self.store, limits, method, NARROW, UNBOUND, lambda event, **detail: self.told.append((event, detail)))
+        self.learner = Learner(toy, self.store, limits, method, NARROW, bounds, lambda event, **detail: self.told.append((event, detail)))
 
     def flag(self, frame: Frame, reason: Reason = Reason.UNCERTAIN, lpr: float = 0.1) -> bool:
         said = self.toy.predict([frame])[0]
@@ -57,8 +59,8 @@ class Bench:
 def make_bench(tmp_path: Path, toy: ToyTrainable, truth: ToyTrainable) -> Iterator[Callable[..., Bench]]:
     made: list[Bench] = []
 
-    def make(limits: Limits = LIMITS, method: str = METHOD) -> Bench:
-        made.append(Bench(tmp_path / FILE, toy, truth, limits, method))
+    def make(limits: Limits = LIMITS, method: str = METHOD, bounds: Bounds = UNBOUND) -> Bench:
+        made.append(Bench(tmp_path / FILE, toy, truth, limits, method, bounds))
         return made[-1]
 
     yield make
@@ -312,3 +314,123 @@ def test_the_queue_is_bounded(make_bench: Callable[..., Bench], cluster: Callabl
             bench.label_next()
         bench.flag(cluster())
     assert bench.store.counts()["converged"] + bench.store.counts()["pending"] == 6
+
+
+def turned(told: Label) -> Label:
+    """A label whose forces have the wrong sign."""
+    return Label(told.energy, -told.forces, told.method, told.seconds)
+
+
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_a_label_that_the_others_contradict_is_set_aside(
+    place: int, make_bench: Callable[..., Bench], cluster: Callable[..., Frame]
+) -> None:
+    """Whether it comes first, among others or last, learnt from or held out: the fit is made without it, and a restart knows that."""
+    bench = make_bench()
+    wrong = 0
+    for turn in range(12):
+        frame = cluster()
+        assert bench.flag(frame)
+        bench.label_next(turned if turn == place else lambda told: told)
+        state = bench.store.label_state(frame.key)
+        assert state is not None
+        wrong = state[0] if turn == place else wrong
+    made = proposal(bench.learner)
+
+    (aside,) = bench.store.quarantined()
+    assert (aside.stored.frame_id, aside.check) == (wrong, "forces")
+    assert bench.told == [("label set aside", {"frame": wrong, "check": "forces", "reason": aside.reason})]
+    assert bench.learner.n_labels == 11
+    assert made.metrics["holdout_rmse"] < LEARNT  # type: ignore[operator]
+    again = proposal(make_bench().learner)
+    np.testing.assert_array_equal(again.readout, made.readout)
+
+
+def test_a_released_label_is_learnt_and_believed(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """The next start takes it with the others, and does not set it aside again."""
+    bench = make_bench()
+    for turn in range(12):
+        assert bench.flag(cluster())
+        bench.label_next(turned if turn == 6 else lambda told: told)
+    bench.learner.update()
+    (aside,) = bench.store.quarantined()
+    bench.store.release(aside.stored.frame_id)
+    again = make_bench()
+    again.learner.update()
+
+    assert again.learner.n_labels == 12
+    assert again.store.quarantined() == []
+
+
+def test_what_another_learner_set_aside_is_forgotten(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """Two learners on one store, as around a fine-tune, agree about what there is to learn from."""
+    bench = make_bench()
+    bench.learn([cluster() for _ in range(4)])
+    other = make_bench()
+    (first, *_) = bench.store.labels()
+    bench.store.set_aside(first.id, "forces", "by somebody else")
+    other.learner.update()
+
+    assert other.learner.n_labels == 3
+
+
+def test_a_label_beyond_its_bounds_is_set_aside(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """It is kept with the reason and told, nothing is learnt from it, and its frame is not labelled a second time."""
+    bench = make_bench(bounds=Bounds(force=1e-3))
+    frame = cluster()
+    assert bench.flag(frame)
+    chosen = bench.learner.next_frame()
+    assert chosen is not None
+    task = bench.store.start_task(chosen.frame, "label-0", 1, chosen.role)
+
+    assert not bench.learner.label(task, chosen.frame, label_from(bench.truth, frame))
+    (aside,) = bench.store.quarantined()
+    assert (aside.check, aside.state) == ("largest force", "held")
+    assert [event for event, _ in bench.told] == ["label set aside"]
+    assert bench.learner.n_labels == 0
+    assert not bench.flag(frame)
+    assert bench.learner.next_frame() is None
+
+
+def test_the_twin_of_a_frame_under_way_waits(bench: Bench, cluster: Callable[..., Frame], rng: np.random.Generator) -> None:
+    """Of two frames that are nearly alike one is labelled; then another one comes next, though the twin is more uncertain."""
+    frame, other, apart = cluster(), cluster(), cluster()
+    twin = Frame(frame.numbers, frame.positions + 1e-4 * rng.standard_normal(frame.positions.shape))
+    for one in (apart, frame, twin, other):
+        assert bench.flag(one)
+    held_out, first, second, third = (waits.frame for waits in bench.store.pending())
+    bench.store.set_priority(second, 9.0)
+    bench.store.start_task(held_out, "label-0", 1, Role.HOLDOUT)
+    bench.store.start_task(first, "label-1", 1, Role.TRAIN)
+    chosen = bench.learner.next_frame()
+
+    assert chosen is not None
+    assert chosen.frame == third
+
+
+def test_a_frame_for_another_strategy_is_left(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """What somebody wants labelled in another way is given only to those who label in that way."""
+    assert bench.flag(cluster())
+    chosen = bench.learner.next_frame()
+    assert chosen is not None
+    bench.store.add_failure(bench.store.start_task(chosen.frame, "label-0", 1), "no convergence")
+    bench.store.retry(chosen.frame, "max_cycle=300")
+
+    assert bench.learner.next_frame() is None
+    given = bench.learner.next_frame("max_cycle=300")
+    assert given is not None
+    assert given.frame == chosen.frame
+
+
+def test_nothing_is_begun_when_the_core_hours_are_spent(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """A label of two hours ends a budget of one: what waits is not begun, nothing more is accepted, and there is a note."""
+    bench = make_bench(Limits(force_error=1e-6, budget=60, core_hours=1.0))
+    assert bench.flag(cluster())
+    assert bench.flag(cluster())
+    assert bench.learner.notes() == []
+    bench.label_next(lambda told: Label(told.energy, told.forces, told.method, 7200.0))
+
+    assert bench.learner.exhausted
+    assert bench.learner.next_frame() is None
+    assert not bench.flag(cluster())
+    assert bench.learner.notes() == ["the 1 core-hours for labels are spent: none is begun any more"]
