@@ -149,7 +149,7 @@ def measured(job: tuple[str, int, float, float], ground: Ground, length: Length,
     task: dict[str, Any] = {"size": size, "seed": SEED, "delay": delay, "seconds": length.seconds, "apart": str(ground.apart(size))}
     if side == FALCON:
         steps = min(length.steps, FALCON_SLOW_STEPS.get(delay, length.steps))
-        task |= {"steps": steps, "model": "GPR", "accuracy_e": accuracy, "train_start": 10}
+        task |= {"steps": steps, "accuracy_e": accuracy, "train_start": 10}
     else:
         known = teacher.RATTLED if side == SCRATCH else 0
         task |= {"steps": length.steps, "model": f"painn:{ground.model(side, size)}", "known": known, "budget": budget - known}
@@ -180,8 +180,7 @@ def _ran(side: str, task: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH", ""))))}
     if side == FALCON:
         python, script = set_up(), "_learning_falcon.py"
-        # ray writes below HOME, and would tell its maker that it was started
-        environment |= {"PYTHONPATH": str(HERE), "HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment |= {"PYTHONPATH": str(HERE), "HOME": str(folder)}
     else:
         python, script, task = Path(sys.executable), "_learning_tumbaga.py", {**task, "run": str(folder / "run")}
     (folder / "task.json").write_text(json.dumps(task))
