@@ -25,7 +25,7 @@ from tumbaga.online.store.labels import StoredLabel
 from tumbaga.online.training import checkpoints, finetune, finish, replay
 from tumbaga.online.training.loop import Sets
 
-REPLAY, REPLAY_WEIGHT = 4.0, 0.1  # replay frames a label, and the weight of each
+REPLAY, REPLAY_WEIGHT = 1.0, 0.1  # replay frames a label, and the weight of each
 _REPLAY_LEAST, _REPLAY_MOST = 20, 200
 _RECENT: Final = 20  # flagged frames, for replay and shadow MD
 _JUDGED: Final = 40  # frames on which forgetting is looked for
