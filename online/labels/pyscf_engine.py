@@ -97,16 +97,18 @@ class PySCFLabeller:
         return "/".join(["pyscf:" + functional, self.basis, level, *filter(None, said)])
 
     def label(self, frame: Frame) -> Label:
-        """Compute energy and forces of one cluster.
+        """Compute energy and forces of one cluster or cell.
 
         Returns:
             Total energy in eV (about -5e4 for each copper atom) and forces in eV/Å. Details: converged, rung, cycles, scf (every attempt),
-            start (warm or cold, from how far, and whether checked), spin (2S), s2, s2_excess, nao, gap and flip_gap (eV; see `pyscf_ladder.gap`), net_force (eV/Å),
-            net_torque (eV), dispersion (eV), warnings, xc, basis, versions, peak_memory_mb (of the process).
+            start (warm or cold, from how far, and whether checked), spin (2S), s2, s2_excess, nao, gap and flip_gap (eV; see
+            `pyscf_ladder.gap`), net_force (eV/Å), net_torque (eV), dispersion (eV), warnings, xc, basis, versions, peak_memory_mb (of the
+            process).
 
         Raises:
-            LabelFailedError: the frame is periodic and kpts is not set, or the other way round, it fails the geometry gate, cannot have this spin, the SCF does not converge on any rung or
-                only with smearing, spins mix, or the forces are not finite, too large or do not add up to zero.
+            LabelFailedError: the frame is periodic and kpts is not set, or the other way round; it fails the geometry gate or cannot have
+                this spin; the SCF does not converge on any rung, or only with smearing; spins mix; or the forces are not finite, too large
+                or do not add up to zero.
         """
         started = time.perf_counter()
         if frame.periodic != bool(self.kpts):
@@ -224,7 +226,7 @@ class PySCFLabeller:
 
     @property
     def _on_gpu(self) -> bool:
-        return self.gpu == "auto" and pyscf_gpu.found()
+        return self.gpu == "auto" and not self.kpts and pyscf_gpu.found()
 
     # -- what is kept ---------------------------------------------------------------------------------------------------------------
 

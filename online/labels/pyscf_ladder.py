@@ -163,7 +163,7 @@ def _run(made: Any, rung: Rung, start: Array | None, limit: int | None, gpu: boo
     made.callback = trace = _Trace()
     # a singular overlap or an SCF gone astray ends in one of these; all mean that this attempt has no result
     with quiet(), contextlib.suppress(np.linalg.LinAlgError, FloatingPointError, ZeroDivisionError):
-        made = pyscf_gpu.run(made, start, gpu)
+        made = pyscf_gpu.run(made, start, gpu and not rung.smearing)
     converged = bool(made.converged) and bool(np.isfinite(made.e_tot))
     entropy = None if not rung.smearing or made.entropy is None else -rung.smearing * float(made.entropy) * HARTREE
     return made, Attempt(str(rung), len(trace.energies), trace.last_change, gap(made), converged, entropy)
