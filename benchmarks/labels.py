@@ -1,6 +1,6 @@
-"""PySCF labels of distorted Cu-Au/water clusters: the share that converges, by which attempt, what a warm start saves, and whether forces are slopes.
+"""PySCF labels of distorted Cu-Au/water clusters: the share that converges, by which attempt, what a warm start saves, forces against slopes.
 
-    python benchmarks/labels.py [--quick] [--json FILE] [--processes N]      needs the extra xtb; about an hour of one free core, --quick 3 minutes
+    python benchmarks/labels.py [--quick] [--json FILE] [--processes N]      needs the extra xtb; about 40 minutes of a free core, --quick 3
 
 Frames (`_label_frames.py`): clusters with even and odd numbers of electrons, from structures relaxed with GFN1-xTB.
   stretched     all distances by 5 to 40 %, and 0.05 Å of noise
@@ -259,7 +259,8 @@ def told(name: str, found: Row) -> str:
     cold = "-" if found["cold_starts_cpu_s"] is None else f"{found['cold_starts_cpu_s']:.1f}"
     pair = ""
     if found["pairs"]:
-        pair = f"{found['warm_cpu_s']:.1f} / {found['cold_cpu_s']:.1f} ({found['warm_cycles']:g} / {found['cold_cycles']:g}) of {found['pairs']}"
+        pair = f"{found['warm_cpu_s']:.1f} / {found['cold_cpu_s']:.1f} "
+        pair += f"({found['warm_cycles']:g} / {found['cold_cycles']:g}) of {found['pairs']}"
     return f"{name:20} {found['frames']:6d} {found['labels']:6d}  {refused:32} {rungs:44} {cold:>7}  {pair}"
 
 

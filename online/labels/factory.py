@@ -30,7 +30,7 @@ def make_labeller(method: str, /, **options: Any) -> Labeller:
     ==============================  ==============================================================================================
     method                          options
     ==============================  ==============================================================================================
-    ``pyscf``                       xc, basis, grid, conv_tol, max_memory, charge, max_cycle, spin, ecp, disp, densities, kpts, ke_cutoff, gpu (see `PySCFLabeller`)
+    ``pyscf``                       xc, basis, grid, charge, spin, ecp, disp, kpts … (see `PySCFLabeller`)
     ``ase:MODULE:CLASS``            keyword arguments of the calculator class (see `AseLabeller`)
     ``call:MODULE:FUNCTION``        keyword arguments of the function, and level, the name of the level of theory (see `CallLabeller`);
     ``call:/PATH/FILE.py:FUNCTION``  the file is executed by the first label, in the process that labels

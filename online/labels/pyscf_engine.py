@@ -1,8 +1,8 @@
 """Labels by PySCF: Kohn-Sham DFT with density fitting for isolated clusters, and for cells at the Gamma point.
 
 Its parts: `pyscf_ladder` gets the SCF to converge, `pyscf_start` keeps densities to start from, `pyscf_checks` says what is a label,
-`pyscf_periodic` makes cells, `dispersion` adds D3 or D4, `pyscf_gpu` runs on a graphics card. The response of the integration grid belongs into the gradient, or
-molecules feel a net force.
+`pyscf_periodic` makes cells, `dispersion` adds D3 or D4, `pyscf_gpu` runs on a graphics card. The response of the integration grid belongs
+into the gradient, or molecules feel a net force.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class PySCFLabeller:
             raise LabelFailedError(
                 f"kpts = {self.kpts} is for periodic frames; this one is an isolated cluster"
                 if self.kpts
-                else "these PySCF labels are for isolated clusters only, and this frame is periodic; kpts=1x1x1 with a gth basis labels cells"
+                else "these PySCF labels are for isolated clusters only, and this frame is periodic; kpts=1x1x1 and a gth basis label cells"
             )
         reason = geometry_gate.problem(frame)
         if reason is not None:

@@ -1,7 +1,7 @@
 """The ladder of SCF attempts: which start, how many cycles, which help, and what came of each. Knows PySCF's SCF objects, no frames.
 
-What is measured rather than assumed: the `atom` guess needs a third fewer cycles than PySCF's default, and each of the two guesses converges
-frames on which the other fails; PySCF does not raise when the SCF fails to converge, so `converged` is asked for at every rung; with a gap
+What is measured rather than assumed: the `atom` guess needs a third fewer cycles than PySCF's default, and each of the two converges frames
+on which the other fails; PySCF does not raise when the SCF fails to converge, so `converged` is asked for at every rung; with a gap
 near zero only Fermi smearing converges, but the forces of a smeared state are those of its free energy, another functional: its density is
 taken as a start, its energy and forces never as a label.
 """

@@ -1,9 +1,9 @@
 """Crystals and boxes by PySCF: the Gamma point, GTH pseudopotentials, densities on a uniform grid. Knows PySCF's cells, no ladder.
 
-Why only this: in PySCF 2.14 Gaussian density fitting has no gradients for periodic cells, effective core potentials of the def2 and lanl sets
-have none either, and k-points have none that this project has found right. What is left is `MultiGridNumInt2` with GTH potentials at the
-Gamma point. Its forces carry the error of the uniform grid, which shows as a net force: water in a box of 6 Å has 0.3 eV/Å at a
-cut-off of 120 Hartree and 0.06 at 300. So the cut-off is part of the method's name, and the bound on the net force refuses what is too coarse.
+Why only this: in PySCF 2.14 cells have no gradients with Gaussian density fitting, nor with the effective cores of the def2 and lanl sets, and
+those with k-points have not been found right here. What is left is `MultiGridNumInt2` with GTH potentials at the Gamma point. Its forces
+carry the error of the uniform grid, which shows as a net force: water in a box of 6 Å has 0.3 eV/Å at a cut-off of 120 Hartree and 0.06 at
+300. So the cut-off is part of the method's name, and the bound on the net force refuses what is too coarse.
 
 Source:
     Goedecker, Teter, Hutter, Phys. Rev. B 54, 1703 (1996), for the pseudopotentials.

@@ -4,7 +4,7 @@ A density is kept in symmetrically orthogonalised orbitals, Q = S^1/2 P S^1/2, a
 frame with the same atoms: the number of electrons and the idempotency are kept, and no third matrix is needed.
 
 A warm SCF may stay on a solution that was the lowest in the frame it came from and no longer is. Four signs, each cheap, lead to a second,
-cold SCF of which the lower energy is taken (`doubt`): a small gap, either now or then, since solutions change places where the gap closes; an
+cold SCF of which the lower energy is taken (`doubt`): a small gap, either now or then, since solutions change places where it closes; an
 energy that does not follow from that of the near frame and both frames' forces; and a number of warm starts in a row.
 
 Source:

@@ -32,7 +32,7 @@ def test_smearing_prepares_the_next_rung() -> None:
 
 
 def test_a_smeared_result_is_never_a_label() -> None:
-    """Singlet methylene opened to 125 degrees: its two frontier orbitals change places, and only smearing converges; the sentence says it."""
+    """Singlet methylene opened to 125 degrees: two orbitals change places, and only smearing converges; the sentence says it."""
     methylene = Frame(np.array([6, 1, 1]), np.array([[0.0, 0.0, 0.0], [0.95, 0.5, 0.0], [-0.95, 0.5, 0.0]]))
     with pytest.raises(LabelFailedError, match=r"no single ground state.*-TS = -0\.\d\d eV.*atom\+fermi0.01: converged in \d+ cycles"):
         PySCFLabeller(grid=1).label(methylene)
