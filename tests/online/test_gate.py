@@ -132,7 +132,7 @@ def failed(checks: Mapping[str, Check]) -> set[str]:
 # ---------------------------------------------------------------- all
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_the_serving_version_itself_passes(potential: PaiNN, evidence: Evidence, dtype: str) -> None:
     """An identical candidate passes every check, in either precision, and what was measured is told as JSON and in sentences."""
     twin = load(MODEL, "cpu", "float64" if dtype == "float32" else "float32")
@@ -281,7 +281,7 @@ def test_without_held_out_labels_the_candidate_must_have_learnt(potential: PaiNN
     assert not judged(noisy(potential, 0.03), noisy(potential, 0.1), learnt, original=potential)["audits"].passed
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize("count", [1, 2, 5, pytest.param(10, marks=pytest.mark.slow)])
 def test_few_labels_are_no_toss_of_a_coin(count: int) -> None:
     """Of candidates that are as good as the serving version few are refused, of those twice as wrong few are not, however many labels."""
     rng, frame = np.random.default_rng(count), Frame(np.array([8, 1, 1]), np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]]))
@@ -424,9 +424,9 @@ def noise(frame: Frame, one: Prediction) -> Prediction:
     [
         (well(8, 1, at=0.75, depth=6.0, width=0.12), "broke"),  # a hole that a vibration reaches
         (scaled(-1.0), "broke"),  # everything flies apart or together
-        (lambda frame, one: replace(one, forces=one.forces * 60.0), "broke"),  # too stiff for any time step
+        pytest.param(lambda frame, one: replace(one, forces=one.forces * 60.0), "broke", marks=pytest.mark.slow),  # too stiff for any step
         (noise, "the temperature is"),
-        (scaled(1.2), "energy drifts by"),
+        pytest.param(scaled(1.2), "energy drifts by", marks=pytest.mark.slow),
     ],
     ids=["hole", "sign", "stiff", "noise", "leak"],
 )

@@ -58,7 +58,7 @@ def copper(count: int, stretched: float = 0.0) -> list[Frame]:
     return [Frame(np.full(8, 29), GRID + stretched) for _ in range(count)]
 
 
-@pytest.mark.parametrize("stiffness", [0.0, 0.5, 20.0])
+@pytest.mark.parametrize("stiffness", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, pytest.param(20.0, marks=pytest.mark.slow)])
 def test_mean_temperatures_scatter_as_derived(stiffness: float) -> None:
     """Free, soft or stiff: over runs, the mean temperature is the thermostat's and its standard deviation is the derived one."""
     courses = [shadow.run(Springs(stiffness), copper(1), Plan(200, 0, seed=seed)) for seed in range(40)]
