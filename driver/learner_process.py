@@ -18,7 +18,7 @@ import numpy as np
 import zmq
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import learner_finetune, process, rolling_back, version_errors
+from tumbaga.driver import learner_finetune, process, rolling_back
 from tumbaga.driver.backends import registry
 from tumbaga.driver.client_labels import make_labeller
 from tumbaga.driver.errors import PotentialError
@@ -30,7 +30,8 @@ from tumbaga.driver.learner_finetune import Candidate, FineTunes
 from tumbaga.driver.recording import Recorder
 from tumbaga.driver.rolling_back import RollingBack
 from tumbaga.driver.rollout import read_serving
-from tumbaga.online import auditing, convergence, quality, selection, spool, versions
+from tumbaga.driver.watching import Watch
+from tumbaga.online import quality, selection, spool, versions
 from tumbaga.online.errors import StoreFullError, VersionError, is_full
 from tumbaga.online.learner import Learner, Proposal, rmse_text
 from tumbaga.online.ports import Trainable
@@ -82,7 +83,7 @@ class LearnerProcess:
         self._fine_tunes = FineTunes(run_dir, settings, self._store, learner_finetune.can_be_tuned(self._first))
         self._recorder = Recorder(self._store, run_dir, settings.learn.ramp_steps)
         self._rolling = RollingBack(self._store, run_dir)
-        self._convergence = convergence.Convergence(_until(settings))
+        self._watch = Watch(run_dir, settings, self._store, method, lambda event, **detail: reporter.log("info", event, **detail))
         self._version, self._path, self._hurry = 0, "", 0
         self._unlearnt = False
         self._noted: dict[str, Any] = {}  # of what serves, as it stands on disk
@@ -179,7 +180,7 @@ class LearnerProcess:
         if process.monotonic() >= self._due:
             self._due = process.monotonic() + _BEAT_S
             self._look_for_requests()
-            self._look_for_the_end()
+            self._watch.look(self._recorder.standings, self._version)
             self._tell_gateway()
             if self._learner.scale.known:
                 self._note_serving()  # what is known of a version's uncertainty must not be lost with this process
@@ -323,7 +324,9 @@ class LearnerProcess:
             return False
         if not self._learner.label(result.task, result.frame, result.label):
             return False
-        self._audited(result.frame)
+        doubt = self._watch.label(result.frame, self._learner.ratio, self._version, self._potential)
+        if doubt:
+            self._alarmed(self._version, doubt, hurry=1)
         return self._store.role(result.frame) is Role.TRAIN
 
     def _update(self) -> None:
@@ -353,7 +356,7 @@ class LearnerProcess:
         self._note_serving()
         self._tell_gateway()
 
-    # -- going back, and the end ----------------------------------------------------------------------------------------------------
+    # -- going back --------------------------------------------------------------------------------------------------------------------
 
     def _look_for_requests(self) -> None:
         """Carry out what a person has asked for by a file."""
@@ -379,35 +382,6 @@ class LearnerProcess:
         self._hurry = hurry
         self._note_serving()
         self._tell_gateway()
-
-    def _audited(self, frame_id: int) -> None:
-        """Note what the label of an audited frame says; versions that are wrong again and again, where the one before was not, have to go."""
-        audit = auditing.audit_of(self._store, frame_id, self._method, self._learner.ratio)
-        if audit is None:
-            return
-        self._store.add_audit(audit)
-        found = auditing.beyond(self._store.audits(), self._version, self._settings.flag.force_error)
-        before = [v for v in self._store.versions() if v.may_serve and v.number < self._version]
-        if not found or not before:
-            return
-        frames, potential = [one.frame for one in found], self._settings.potential
-        try:
-            errors = version_errors.largest(self._store, self._run_dir, potential, before[-1], frames, self._method, self._potential)
-        except (VersionError, PotentialError):
-            return  # nothing to go back to
-        if all(error < one.force_max for error, one in zip(errors, found, strict=True)):
-            told = f"audits were wrong by {found[0].force_max:.2f} and {found[1].force_max:.2f} eV/Å, far beyond what it said of itself"
-            self._alarmed(self._version, f"{told}, and version {before[-1].number} is nearer to the labels", hurry=1)
-
-    def _look_for_the_end(self) -> None:
-        """Say when the run has converged, and when it no longer has."""
-        was = self._convergence.verdict
-        errors = [audit.force_max for audit in self._store.audits() if audit.version == self._version]
-        verdict = self._convergence.seen(self._recorder.standings, errors)
-        if verdict.done != was.done:
-            said = {"version": verdict.version, "steps": verdict.steps, "production": verdict.production, "why": verdict.why}
-            self._store.add_event("converged" if verdict.done else "no longer converged", **said)
-            self._reporter.log("info", "converged" if verdict.done else "no longer converged", **said)
 
     # -- fine-tunes -----------------------------------------------------------------------------------------------------------------
 
@@ -492,14 +466,11 @@ class LearnerProcess:
             "errors_text": rmse_text(errors, ["holdout_rmse_base", "holdout_rmse"]),
             "workers": {name: {"task": busy.task, "seconds": round(busy.seconds, 1)} for name, busy in self._busy.items()},
             "draining": self.draining,
+            "pinned": self._rolling.pinned,
+            "convergence": self._watch.report(),
             "answered": {"learner": os.getpid()} if counts["converged"] > self._found else {},
         }
         self._reporter.state(**state)
-
-
-def _until(settings: configs.Config) -> convergence.Settings:
-    learn = settings.learn
-    return convergence.Settings(settings.flag.force_error, learn.converged_calls, audits=learn.converged_audits, margin=learn.ramp_pause)
 
 
 def _trainable(settings: configs.Potential) -> Trainable:

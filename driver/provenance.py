@@ -46,7 +46,7 @@ class Conversation:
 class Served:
     """What served a call: (1 - weight) of `old` and weight of `new`, by number; one and the same outside ramps.
 
-    `weight` is None where only its range, `low` to 1, is known: the settings have changed since.
+    `weight` is None where only its range, `low` to 1, is known: the settings have changed since. `ramp` is the one that the call is on.
     """
 
     old: int
@@ -138,13 +138,13 @@ def served(store: Store, conversation: Conversation, call: int) -> Served:
     if row.from_version == row.to_version or (row.last_step is not None and number > row.last_step):
         return Served(row.to_version, row.to_version, 1.0, 1.0, None)
     first = weights.get(row.id, 0.0)
+    if number == row.last_step:
+        return Served(row.to_version, row.to_version, 1.0, 1.0, row)
     return Served(row.from_version, row.to_version, _weight(row, first, number, conversation.ramp_steps), first, row)
 
 
 def _weight(row: Ramp, first: float, number: int, steps: int) -> float | None:
     """Weight of the new version at a call of a ramp: the cosine of `online.ramp`, from the weight that the ramp began with."""
-    if number == row.last_step:
-        return 1.0
     began = round(steps * math.acos(1.0 - 2.0 * min(max(first, 0.0), 1.0)) / math.pi)
     place = began + number - row.first_step
     if place >= steps or (row.last_step is not None and began + row.last_step - row.first_step != steps):
@@ -262,9 +262,10 @@ def text(told: dict[str, Any]) -> str:
     step = "" if told["step"] is None else f"step {told['step']}, "
     lines = [f"{step}{place} (conversation {told['conversation']})"]
     lines.append(f"  served by version {told['version']}")
-    if told["ramp"] is not None:
+    if told["from"] != told["version"]:
         share = f"{100 * told['weight']:.1f} %" if told["weight"] is not None else f"{100 * told['weight_range'][0]:.1f} to 100 %"
         lines[-1] += f" ({share}) and version {told['from']} (the rest)"
+    if told["ramp"] is not None:
         last, work = told["ramp"]["last_call"], told["ramp"]["work_ev"]
         lines.append(f"  on a ramp from call {told['ramp']['first_call']} to {'?' if last is None else last}")
         lines[-1] += "" if work is None else f", which did {1000 * work:.3f} meV of work"
