@@ -140,11 +140,10 @@ class LabelProcess:
                 running = self._ready(given_up)
                 if ask is None:
                     return b""
-                until = process.monotonic() + self._terms.time_limit
                 _send(running, ask)
-                self._next(running, until, given_up)
+                self._next(running, self._terms.time_limit, given_up)
                 begun = True
-                return self._next(running, until, given_up)
+                return self._next(running, self._terms.time_limit, given_up)
             except _KilledError as killed:
                 if not begun:
                     raise UnusableError(self._terms.method, f"cannot be used: what it imports {killed}") from None
@@ -160,27 +159,31 @@ class LabelProcess:
             if code != EXIT_IDLE:
                 self._log("warning", "labelling process died", deaths=deaths, code=code)
 
-    def _next(self, running: subprocess.Popen[bytes], until: float, given_up: Callable[[], bool]) -> bytes:
+    def _next(self, running: subprocess.Popen[bytes], seconds: float, given_up: Callable[[], bool]) -> bytes:
         """Wait for the next message; kill it when it takes too long or too much, or is not wanted any more."""
         assert running.stdout is not None
         poller = select.poll()
         poller.register(running.stdout, select.POLLIN)
         while len(self._read) < HEAD or len(self._read) < (end := HEAD + int.from_bytes(self._read[:HEAD], "little")):
-            if poller.poll(1000 * _LOOK_S):
+            looked = process.monotonic()
+            news = poller.poll(1000 * _LOOK_S)
+            # a machine that sleeps, or a job that is suspended, is no label that hangs
+            seconds -= min(process.monotonic() - looked, 5.0 * _LOOK_S)
+            if news:
                 chunk = os.read(running.stdout.fileno(), 1 << 20)
                 if not chunk:
                     raise EOFError
                 self._read += chunk
                 continue
-            reason = self._reason_to_kill(running.pid, until)
+            reason = self._reason_to_kill(running.pid, seconds)
             if reason or given_up():
                 self.close()
                 raise _KilledError(reason) if reason else GivenUpError
         message, self._read = self._read[HEAD:end], self._read[end:]
         return message
 
-    def _reason_to_kill(self, pid: int, until: float) -> str:
-        if process.monotonic() > until:
+    def _reason_to_kill(self, pid: int, left: float) -> str:
+        if left <= 0.0:
             return f"took longer than label.time_limit = {self._terms.time_limit:g} s and was killed"
         if self._terms.memory_gb and resident(pid) > self._terms.memory_gb * _GB:
             # the next attempt would need as much: this is a verdict on the frame
@@ -203,7 +206,7 @@ class LabelProcess:
         )
         setup = Setup(self._terms.method, self._terms.options, self._terms.cores, self._terms.idle_s, self._terms.keep)
         _send(self._process, msgspec.msgpack.encode(setup))
-        problem = self._next(self._process, process.monotonic() + max(_START_S, self._terms.time_limit), given_up)
+        problem = self._next(self._process, max(_START_S, self._terms.time_limit), given_up)
         if problem:
             self.close()
             raise UnusableError(self._terms.method, problem.decode())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -335,6 +336,34 @@ def test_a_label_that_hangs_is_killed(elsewhere: Elsewhere) -> None:
     with pytest.raises(LabelFailedError, match=r"^took longer than label.time_limit = 1.5 s and was killed$"):
         pool.schedule(FRAME).result(TIMEOUT)
     assert pool._process.pid is None
+
+
+@pytest.mark.slow
+def test_a_label_may_be_suspended(tmp_path: Path) -> None:
+    """A worker and its label that are stopped for longer than the time limit, as jobs of a queue are, go on and finish."""
+    journal, limit = tmp_path / "journal", 3.0
+    program = (
+        "import numpy as np\n"
+        "from tumbaga.driver.label_pool import LocalPool\n"
+        "from tumbaga.driver.label_process import Terms\n"
+        "from tumbaga.online.records import Frame\n"
+        f"pool = LocalPool(Terms('test:lj?delay=1&journal={journal}', time_limit={limit}), 'tumbaga-label-test-', print)\n"
+        "print(pool.schedule(Frame(np.array([1]), np.zeros((1, 3)))).result().method)\n"
+        "pool.stop()\n"
+    )
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True) as worker:
+        stopped = (worker.pid, begun(journal))
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        until(lambda: time.monotonic() > began + 1.5 * limit, TIMEOUT, "the time limit to be over")
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        said, _ = worker.communicate(timeout=TIMEOUT)
+
+    assert said.startswith("test:lj/")
 
 
 @pytest.mark.slow
