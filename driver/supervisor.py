@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import zmq
 from tumbaga.driver import config as configs
 from tumbaga.driver import devices, process
 from tumbaga.driver.children import Child
-from tumbaga.driver.engines import FOLDER, Engine
+from tumbaga.driver.engines import FOLDER, STARTED, Engine
 from tumbaga.driver.errors import ConfigError, DriverError
 from tumbaga.driver.gateway import TEMPLATE
 from tumbaga.driver.rundir import RunDir
@@ -159,6 +160,7 @@ class Supervisor:
             return
         # a supervisor that is killed takes its engine along
         command = [sys.executable, "-m", "tumbaga.driver.tether", str(os.getpid()), *self._engine.prepare(self._path)]
+        write_whole(self._path / STARTED, json.dumps({"at": time.time(), "step": self._engine.done}).encode())
         with open(self._path / process.LOGS / "engine.log", "ab") as log:
             self._engine_process = subprocess.Popen(
                 command, cwd=self._path / FOLDER, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -308,6 +310,8 @@ class Supervisor:
             "uncertainty": gateway.get("uncertainty", {"last": 0.0, "max": 0.0}),
             "quantile": learner.get("quantile", 2.0),
             "force_rmse": learner.get("errors", {}),
+            "pinned": learner.get("pinned"),
+            "convergence": learner.get("convergence", {}),
             "workers": learner.get("workers", {}),
             "evaluator_restarts": sum(count for name, count in restarts.items() if name.startswith("evaluator-")),
             "batch_atoms": gateway.get("batch_atoms", 0),
