@@ -18,8 +18,8 @@ COLUMNS = 20
 
 @pytest.fixture
 def covariance(rng: np.random.Generator) -> Array:
-    root = rng.standard_normal((COLUMNS, COLUMNS)) * 0.1
-    made: Array = root @ root.T
+    root = rng.standard_normal((COLUMNS, COLUMNS))
+    made: Array = 0.01 * root @ root.T
     return made
 
 
