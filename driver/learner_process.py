@@ -209,7 +209,6 @@ class LearnerProcess:
                 step=self._recorder.number(message.session, message.step),
                 reason=Reason(message.reason),
                 score=message.score,
-                lpr=message.lpr,
                 version=message.version,
                 energy=message.energy,
                 forces=forces,

@@ -12,6 +12,9 @@ import numpy as np
 
 from tumbaga.online.records import Array
 
+LEAST, MOST = 0.04, 4.0
+_TRUSTED = 24  # components
+
 
 @dataclass(frozen=True)
 class TrackedQuantile:
@@ -49,6 +52,22 @@ class TrackedQuantile:
     def after_swap(self) -> TrackedQuantile:
         """Return the quantile with which a new version starts."""
         return replace(self, q=max(self.q, self.after_swap_least))
+
+
+def variance_factor(missed: float, spread: float, components: int) -> float:
+    """Return what predicted variances must be multiplied with to fit the errors of labels that nothing was fitted to.
+
+    The factor of largest likelihood is the ratio of the two sums. Few components say little of it: as many as one small frame has are taken
+    to fit as they are, and it stays within `LEAST` and `MOST`, since guards and audits are for potentials that are wrong beyond that.
+
+    Args:
+        missed: sum of squared errors of force components, (eV/Å)².
+        spread: sum of their predicted variances, likewise.
+        components: how many.
+    """
+    if not (components and spread > 0.0):
+        return 1.0
+    return min(max((_TRUSTED + components * missed / spread) / (_TRUSTED + components), LEAST), MOST)
 
 
 def error_ratio(forces_label: Array, forces_served: Array, stds: Array) -> float:

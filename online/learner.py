@@ -8,20 +8,35 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from tumbaga.online import last_layer, quality, selection
-from tumbaga.online.calibration import TrackedQuantile, error_ratio
+from tumbaga.online.calibration import TrackedQuantile, error_ratio, variance_factor
 from tumbaga.online.errors import UpdateRefusedError
 from tumbaga.online.gain import Costs, Gains
 from tumbaga.online.last_layer import Labelled
 from tumbaga.online.ports import ForceRows, Trainable
-from tumbaga.online.records import Array, Frame, Label, Reason, Role
+from tumbaga.online.records import Array, Frame, Ints, Label, Reason, Role
 from tumbaga.online.store import Queued, Store, StoredLabel
 from tumbaga.online.uncertainty import AtomScore, ScoreScale, force_std, species_index
 
-_SCALED = 8  # labels from which a new network's scale of scores is taken
+_SCALED = 8  # frames from which a new version's scale of scores is taken
 _RECENT = 50  # frames whose forces an update may not change too much
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """A frame of the run: its force rows, the features of its atoms and their species."""
+
+    rows: Array
+    features: Array
+    species: Ints
+
+    def score(self, score: AtomScore) -> float:
+        """The largest score of an atom."""
+        return float(score(self.features, self.species).max())
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +95,7 @@ class Learner:
         self._models: dict[int, ForceRows] = {}
         self._fresh: list[int] = []  # frames with training labels that what serves does not know
         self._sources: dict[Labelled, StoredLabel] = {}
-        self._recent: deque[Array] = deque(maxlen=_RECENT)
+        self._recent: deque[_Seen] = deque(maxlen=_RECENT)
         self.sets: dict[Role, list[Labelled]] = {role: [] for role in Role}
         self.scale = ScoreScale()
         self.quantile = TrackedQuantile()
@@ -95,7 +110,7 @@ class Learner:
     def serve(self, readout: Array, covariance: Array) -> None:
         """A version serves now: scores refer to it, and frames that it made certain leave the queue."""
         self.readout, self.covariance = readout, covariance
-        self.scale, self.quantile = ScoreScale(), self.quantile.after_swap()
+        self.scale, self.quantile = self._scale_of(covariance), self.quantile.after_swap()
         self._gains, self._fresh = Gains(covariance, self._settings.sigma_force), []
         waiting = self._store.pending()
         wanted = {q.frame for q in waiting} | {task.frame for task in self._store.running()}
@@ -109,19 +124,32 @@ class Learner:
     def settle(self) -> None:
         """The base readout serves as it is, with the uncertainty that the labels leave: how a fine-tuned potential begins."""
         train = self.sets[Role.TRAIN]
+        # what is left of the errors on labels that the network was trained on says nothing of the noise
+        settings = replace(self._settings, noise_factors=(1.0,), first_factor=1.0)
         try:
-            fitted = last_layer.fit(train, self._base, self._settings, mean_h2=self._mean_h2 if train else self._mean_h2 or 1.0)
+            fitted = last_layer.fit(train, self._base, settings, mean_h2=self._mean_h2 if train else self._mean_h2 or 1.0)
         except UpdateRefusedError:
             self.serve_base()
             return
-        self.serve(self._base, fitted.covariance)
-        score = AtomScore(fitted.covariance, len(self._potential.spec.elements))
-        for stored in self._store.labels(self._method)[-_SCALED:]:
-            (said,) = self._potential.predict([stored.frame])
-            if said.features is not None:
-                atoms = score(said.features, species_index(stored.frame.numbers, self._potential.spec.elements))
-                std = force_std(self._potential.force_rows(stored.frame).rows, fitted.covariance)
-                self.scale = self.scale.updated(float(atoms.max()), float(std.max()))
+        covariance = self._variance_factor(fitted.covariance, self._base) * fitted.covariance
+        self.serve(self._base, covariance)
+
+    def _scale_of(self, covariance: Array) -> ScoreScale:
+        """Force std for each unit of the score of atoms, from the last frames: each version has its own, and its first call needs it."""
+        scale, score = ScoreScale(), AtomScore(covariance, len(self._potential.spec.elements))
+        recent = list(self._recent)[-_SCALED:]
+        if not recent:
+            labels = self._store.labels(self._method)[-_SCALED:]
+            recent = [seen for one in labels if (seen := self._seen(one.frame, self._potential.force_rows(one.frame))) is not None]
+        for seen in recent:
+            scale = scale.updated(seen.score(score), float(force_std(seen.rows, covariance).max()))
+        return scale
+
+    def _seen(self, frame: Frame, model: ForceRows) -> _Seen | None:
+        (said,) = self._potential.predict([frame])
+        if said.features is None:
+            return None
+        return _Seen(model.rows, said.features, species_index(frame.numbers, self._potential.spec.elements))
 
     def serve_base(self) -> None:
         """The base potential serves, with the uncertainty of the prior."""
@@ -131,7 +159,7 @@ class Learner:
     # -- candidates ------------------------------------------------------------------------------------------------------------------
 
     def candidate(
-        self, frame: Frame, *, session: str, step: int, reason: Reason, score: float, lpr: float, version: int, energy: float, forces: Array
+        self, frame: Frame, *, session: str, step: int, reason: Reason, score: float, version: int, energy: float, forces: Array
     ) -> bool:
         """Take a frame that the gateway flagged; return whether it was accepted for a label.
 
@@ -143,7 +171,6 @@ class Learner:
             step: its number there.
             reason: why it was flagged.
             score: the gateway's estimate, eV/Å.
-            lpr: the largest last-layer score behind it.
             version: what served it.
             energy: what was served, eV.
             forces: what was served, shape (n_atoms, 3), eV/Å.
@@ -161,8 +188,11 @@ class Learner:
         if not math.isfinite(exact):
             self._models.pop(frame_id, None)
             return False  # kept as a flag; there is nothing that an update could learn from it
-        self._recent.append(model.rows)
-        self.scale = self.scale.updated(lpr, exact)
+        seen = self._seen(frame, model)
+        if seen is not None:
+            self._recent.append(seen)
+            # not what the gateway says it was: that may have been by another version
+            self.scale = self.scale.updated(seen.score(AtomScore(self.covariance, len(self._potential.spec.elements))), exact)
         exact_score = self.quantile.q * exact
         waiting = self._store.pending()
         by_role, audits = self._store.queued_by_role(), self._store.count_reason(Reason.AUDIT)
@@ -268,12 +298,14 @@ class Learner:
             metrics |= {"labels": len(train), "held_out": len(held_out)}
             metrics["loo_rmse"] = _number(fitted.loo_rmse)
             residual = max(last_layer.largest_residual(train), self._settings.trust_floor)
-            factor = last_layer.trust_region(fitted.readout, self.readout, list(self._recent), residual, self._settings)
+            factor = last_layer.trust_region(fitted.readout, self.readout, [one.rows for one in self._recent], residual, self._settings)
         except UpdateRefusedError as error:
             return Refusal(str(error), metrics)
         candidate = self.readout + factor * (fitted.readout - self.readout)
         verdict = last_layer.accept(fitted, train, held_out, self.readout, candidate, self._settings)
+        variance = self._variance_factor(fitted.covariance, candidate)
         metrics |= {
+            "variance_factor": variance,
             "trust": factor,
             "noise_factor": fitted.noise_factor,
             "serving_rmse": _number(verdict.serving_rmse),
@@ -281,7 +313,14 @@ class Learner:
             "verdict": verdict.reason,
             **self.errors(candidate),
         }
-        return Proposal(candidate, fitted.covariance, metrics) if verdict.accepted else Refusal(verdict.reason, metrics)
+        return Proposal(candidate, variance * fitted.covariance, metrics) if verdict.accepted else Refusal(verdict.reason, metrics)
+
+    def _variance_factor(self, covariance: Array, readout: Array) -> float:
+        """What the held-out labels say of a posterior: see `calibration.variance_factor`."""
+        held_out = self.sets[Role.HOLDOUT]
+        missed = sum(float((one.residual(readout - self._base) ** 2).sum()) for one in held_out)
+        spread = sum(float(np.einsum("ij,ij->", one.rows @ covariance, one.rows)) for one in held_out)
+        return variance_factor(missed, spread, sum(one.forces_label.size for one in held_out))
 
     def _trusted_fit(self) -> last_layer.Fit:
         """The fit to all training labels, once those that the others contradict are set aside, the worst one first."""

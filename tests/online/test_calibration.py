@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tumbaga.online.calibration import TrackedQuantile, error_ratio
+from tumbaga.online.calibration import LEAST, MOST, TrackedQuantile, error_ratio, variance_factor
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
@@ -64,3 +64,16 @@ def test_error_ratio_is_the_worst_atom() -> None:
 
     assert error_ratio(label, served, np.array([2.5, 1.0, 0.0])) == pytest.approx(2.0)
     assert error_ratio(label, served, np.array([2.5, 0.0, 0.0])) == math.inf
+
+
+def test_variances_are_fitted_to_errors_as_far_as_there_are_errors() -> None:
+    """Many components give the ratio of the sums, few leave what was predicted, and nobody is corrected beyond the bounds."""
+    rng = np.random.default_rng(0)
+    variances = rng.uniform(0.01, 0.09, 9000)
+    errors = rng.normal(0.0, np.sqrt(0.3 * variances))
+    missed, spread = float((errors**2).sum()), float(variances.sum())
+    assert variance_factor(missed, spread, 9000) == pytest.approx(0.3, rel=0.05)
+    assert variance_factor(0.3, 1.0, 24) == pytest.approx((24 + 24 * 0.3) / 48)
+    assert variance_factor(0.0, 0.0, 0) == 1.0
+    assert variance_factor(1e-9, 1.0, 10**6) == LEAST
+    assert variance_factor(1e9, 1.0, 10**6) == MOST

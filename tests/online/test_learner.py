@@ -16,6 +16,7 @@ from tumbaga.online.records import Array, Frame, Label, Reason, Role
 from tumbaga.online.selection import Limits
 from tumbaga.online.store import FILE, Store
 from tumbaga.online.testing import ToyTrainable, label_from
+from tumbaga.online.uncertainty import AtomScore, force_std, species_index
 
 METHOD = "toy"
 LIMITS = Limits(force_error=1e-6, budget=60)
@@ -35,10 +36,10 @@ class Bench:
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.learner = Learner(toy, self.store, limits, method, NARROW, bounds, lambda event, **detail: self.told.append((event, detail)))
 
-    def flag(self, frame: Frame, reason: Reason = Reason.UNCERTAIN, lpr: float = 0.1) -> bool:
+    def flag(self, frame: Frame, reason: Reason = Reason.UNCERTAIN) -> bool:
         said = self.toy.predict([frame])[0]
         return self.learner.candidate(
-            frame, session="s", step=1, reason=reason, score=0.5, lpr=lpr, version=0, energy=said.energy, forces=said.forces
+            frame, session="s", step=1, reason=reason, score=0.5, version=0, energy=said.energy, forces=said.forces
         )
 
     def label_next(self, spoil: Callable[[Label], Label] = lambda told: told) -> Role:
@@ -267,7 +268,7 @@ def test_a_frame_without_a_finite_uncertainty_is_only_a_flag(bench: Bench) -> No
     frame = Frame(np.array([1, 1]), np.zeros((2, 3)))
 
     assert not bench.learner.candidate(
-        frame, session="s", step=1, reason=Reason.UNCERTAIN, score=0.5, lpr=0.1, version=0, energy=0.0, forces=np.zeros((2, 3))
+        frame, session="s", step=1, reason=Reason.UNCERTAIN, score=0.5, version=0, energy=0.0, forces=np.zeros((2, 3))
     )
     assert bench.store.counts()["flags"] == 1
     assert bench.store.pending() == []
@@ -290,16 +291,29 @@ def test_only_audits_lower_the_quantile(bench: Bench, cluster: Callable[..., Fra
         assert (bench.learner.quantile.q < start) is lower
 
 
-def test_the_scale_needs_a_frame_with_both_numbers(bench: Bench, cluster: Callable[..., Frame]) -> None:
-    """The scale of the cheap score is unknown until a frame came with a score above zero, and again after a swap."""
+def test_the_scale_of_a_new_version_is_known_at_once(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """Unknown until a frame has come; from then on each version has the ratio of its own spread and score on the last frames, no other's."""
     assert not bench.learner.scale.known
-    bench.flag(cluster(), lpr=float("nan"))
-    assert not bench.learner.scale.known
-    bench.flag(cluster(), lpr=0.2)
+    frame = cluster()
+    bench.flag(frame)
     assert bench.learner.scale.known
+    bench.label_next()
+    proposal = bench.learner.update()
+    assert isinstance(proposal, Proposal)
+    before = bench.learner.scale.sigma(1.0)
 
-    bench.learner.serve(bench.learner.readout, bench.learner.covariance)
-    assert not bench.learner.scale.known
+    bench.learner.serve(proposal.readout, proposal.covariance)
+    toy = bench.toy
+    (said,) = toy.predict([frame])
+    assert said.features is not None
+    spread = force_std(toy.force_rows(frame).rows, proposal.covariance).max()
+    score = atom_lpr_max(said.features, frame, toy, proposal.covariance)
+    assert bench.learner.scale.sigma(score) == pytest.approx(spread)
+    assert bench.learner.scale.sigma(1.0) != pytest.approx(before)
+
+
+def atom_lpr_max(features: Array, frame: Frame, toy: ToyTrainable, covariance: Array) -> float:
+    return float(AtomScore(covariance, len(toy.spec.elements))(features, species_index(frame.numbers, toy.spec.elements)).max())
 
 
 def test_the_queue_is_bounded(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
