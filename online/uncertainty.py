@@ -14,6 +14,8 @@ import numpy as np
 
 from tumbaga.online.records import Array, Ints
 
+_WIDE = 128  # features of an atom from which the product for all species is dearer than parting the atoms by species
+
 
 class AtomScore:
     """Per-atom score sqrt(f_i^T C_z f_i) for one covariance, prepared so that a call is one matrix product.
@@ -26,8 +28,8 @@ class AtomScore:
     def __init__(self, covariance: Array, n_species: int) -> None:
         n_hidden = len(covariance) // n_species
         starts = range(0, n_species * n_hidden, n_hidden)
-        blocks = [covariance[start : start + n_hidden, start : start + n_hidden] for start in starts]
-        self._factors = np.ascontiguousarray(np.hstack([_root(block) for block in blocks]))
+        self._roots = [_root(covariance[start : start + n_hidden, start : start + n_hidden]) for start in starts]
+        self._factors = np.ascontiguousarray(np.hstack(self._roots))
         self._shape = (n_species, n_hidden)
 
     def __call__(self, features: Array, species: Ints) -> Array:
@@ -37,10 +39,19 @@ class AtomScore:
             features: last-layer features, shape (n_atoms, n_hidden).
             species: index of each atom's block, shape (n_atoms,).
         """
-        # every atom times every species' factor costs less than gathering a factor for each atom
+        if self._shape[1] >= _WIDE:
+            return self._by_species(features, species)
+        # of few features every atom times every species' factor costs less than parting the atoms
         spread = (features @ self._factors).reshape(len(features), *self._shape)
         squares = np.einsum("nsh,nsh->ns", spread, spread)[np.arange(len(features)), species]
         scores: Array = np.sqrt(squares)
+        return scores
+
+    def _by_species(self, features: Array, species: Ints) -> Array:
+        scores = np.empty(len(features))
+        for one in np.unique(species):
+            atoms = np.flatnonzero(species == one)
+            scores[atoms] = np.linalg.norm(features[atoms] @ self._roots[one], axis=1)
         return scores
 
 

@@ -15,13 +15,15 @@ def spd(rng: np.random.Generator, n: int) -> np.ndarray:
     return root @ root.T / n
 
 
-def test_score_is_the_quadratic_form(rng: np.random.Generator) -> None:
-    """The prepared score, its plain form and a loop over atoms agree."""
-    covariance, features = spd(rng, 24), rng.standard_normal((9, 8))
+@pytest.mark.parametrize("width", [8, 200])
+def test_score_is_the_quadratic_form(rng: np.random.Generator, width: int) -> None:
+    """The prepared score, its plain form and a loop over atoms agree, for few features as for many."""
+    covariance, features = spd(rng, 3 * width), rng.standard_normal((9, width))
     species = rng.integers(0, 3, 9)
 
     score = AtomScore(covariance, 3)(features, species)
-    blocks = np.array([covariance[8 * z : 8 * z + 8, 8 * z : 8 * z + 8] for z in range(3)])
+    places = [slice(width * z, width * (z + 1)) for z in range(3)]
+    blocks = np.array([covariance[place, place] for place in places])
     np.testing.assert_allclose(score, atom_lpr(features, species, blocks), rtol=1e-10)
     for atom, (f, z) in enumerate(zip(features, species, strict=True)):
         assert score[atom] == pytest.approx(math.sqrt(f @ blocks[z] @ f))
