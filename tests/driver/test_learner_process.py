@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -46,8 +47,8 @@ class Bench:
         self.worker = bus.Endpoint(self.context, zmq.DEALER, bus.LABELS, bind=False, identity=f"{WORKER}-1")
         self.learner: LearnerProcess | None = None
 
-    def start(self) -> LearnerProcess:
-        self.learner = LearnerProcess(self.run_dir, SETTINGS, self.context, self.reporter)  # type: ignore[arg-type]
+    def start(self, settings: configs.Config = SETTINGS) -> LearnerProcess:
+        self.learner = LearnerProcess(self.run_dir, settings, self.context, self.reporter)  # type: ignore[arg-type]
         return self.learner
 
     def kill(self) -> None:
@@ -181,3 +182,44 @@ def test_a_version_that_cannot_be_read_is_skipped(bench: Bench) -> None:
     assert learner._learner.readout.tolist() == [1.0] * 8
     assert [version.state for version in learner._store.versions()] == ["served", "served", "refused"]
     assert "version refused" in bench.reporter.events
+
+
+def test_no_engine_waits_for_a_label_that_is_never_begun(bench: Bench) -> None:
+    """When the core-hours are spent while a frame waits in the queue, the engine that waits for its label is told so."""
+    settings = msgspec.structs.replace(SETTINGS, label=msgspec.structs.replace(SETTINGS.label, core_hours=1.0))
+    asked = bus.Candidate("unix:/x", 3, "stalled", 0.9, 0.1, 0, periodic=False, energy=0.0, ticket=7)
+    places = np.array([[0.0, 0, 0], [0.76, 0.59, 0], [-0.76, 0.59, 0]])
+    buffers = [[a.tobytes() for a in (np.array([8, 1, 1]), k * places, np.zeros((3, 3)), np.zeros((3, 3)))] for k in (1.0, 1.05)]
+    gateway = bus.Endpoint(bench.context, zmq.ROUTER, bus.LEARNER, bind=True)
+    try:
+        learner = bench.start(settings)
+        for one in buffers:
+            learner._gateway_message(asked, one)
+        task = bench.idle(seen=0)
+        assert task is not None
+        label = Label(-1.0, np.zeros((3, 3)), "test:lj/epsilon0.2/offset-1000", 3600.0, {})
+        spool.put(bench.run_dir, spool.Result(task.task, task.frame, label))
+        learner.turn()
+        problems: list[str] = []
+        while len(problems) < 2 and gateway.socket.poll(20_000) and (received := gateway.receive()):
+            problems += [received[1].problem] if isinstance(received[1], bus.Settled) else []
+        assert problems == ["", "no label is begun any more: their core-hours are spent"]
+        assert bench.idle(seen=task.task) is None
+    finally:
+        gateway.close()
+
+
+def test_a_task_of_a_worker_that_is_not_there_any_more_is_given_again(bench: Bench, queued: Callable[[], None]) -> None:
+    """After SIGKILL of everything a start with fewer workers does not wait for those that had tasks."""
+    queued()
+    bench.start()
+    store = Store(bench.run_dir / FILE)
+    (waits,) = store.pending()
+    store.start_task(waits.frame, "label-7", 1)
+    store.close()
+    bench.kill()
+    bench.start()
+    task = bench.idle(seen=0)
+
+    assert task is not None
+    assert task.frame == waits.frame

@@ -36,8 +36,8 @@ def rows(rng: np.random.Generator) -> Callable[..., Array]:
 
 def posterior(covariance: Array, known: Array) -> Array:
     """What is left of a covariance once forces with these rows are known."""
-    made: Array = np.linalg.inv(np.linalg.inv(covariance) + known.T @ known / SIGMA**2)
-    return made
+    precision = np.linalg.inv(covariance) + known.T @ known / SIGMA**2
+    return np.asarray(np.linalg.inv(precision), dtype=np.float64)
 
 
 def entropy_lost(covariance: Array, known: Array) -> float:
