@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -74,7 +75,12 @@ def _alone(folder: RunDir, version: int | None, release: bool) -> Outcome:
     folder.hold()
     try:
         with Store(folder.path / FILE) as store:
-            return rolling_back.do_alone(folder.path, store, version, release=release)
+            outcome = rolling_back.do_alone(folder.path, store, version, release=release)
+        with contextlib.suppress(RunDirError):  # a run that was never started has no status
+            pinned = None if release else outcome.after
+            changed = {} if outcome.problem else {"pinned": pinned, "serving_version": outcome.after}
+            folder.write_status(folder.read_status() | changed)
+        return outcome
     except StoreError as error:
         raise RunDirError(str(folder.path), str(error)) from error
     finally:

@@ -285,7 +285,7 @@ def _version_lines(version: dict[str, Any]) -> list[str]:
     lines = [f"    version {version['version']}: {version['kind']}{origin}, {version['state']}, made {version['created']}"]
     new = [one for one in version["labels"] if one["new"]]
     if version["labels"]:
-        lines[-1] += f", {len(version['labels'])} labels, {len(new)} of them new"
+        lines[-1] += f", {len(version['labels'])} label{'s' * (len(version['labels']) > 1)}, {len(new)} of them new"
     lines += [f"      label {one['label']} of frame {one['frame']}, {one['method']}, {one['created']}" for one in new]
     for gate in version["gates"]:
         said = f" ({gate['reason']})" if gate["reason"] else ""
@@ -302,7 +302,7 @@ def brief(version: dict[str, Any]) -> str:
         return f"not passed: {', '.join(failed)}"
     if version["gates"]:
         return f"{len(version['gates'])} passed"
-    return str(version["metrics"].get("verdict", ""))
+    return str(version["metrics"].get("verdict", "")).partition(":")[0]
 
 
 def table(versions: Sequence[dict[str, Any]]) -> str:

@@ -156,6 +156,8 @@ def test_every_force_is_traced_and_a_version_is_gone_back_to(
     table = command("versions", str(copy)).stdout
     assert table.count("withdrawn") >= 1
     assert json.loads(command("versions", str(copy), "--json").stdout)["pinned"] is None
+    assert command("rollback", str(copy), "0").stdout.startswith(f"{copy}: from version {last.number} back to version 0; it is pinned")
+    assert "version 0 is pinned" in command("status", str(copy)).stdout
 
 
 def _labels(run: Path, version: int) -> list[int]:
