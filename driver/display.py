@@ -163,6 +163,14 @@ def _end(status: dict[str, Any]) -> list[str]:
     return lines + ([said] if said else [])
 
 
+def _fine_tune(status: dict[str, Any]) -> list[str]:
+    """What the trainer is doing."""
+    told = status.get("fine_tune", {})
+    if told.get("doing") == "training":
+        return [f"a fine-tune is at epoch {told['epoch']} of {told['epochs']}"]
+    return [f"the gate looks at a fine-tune: {told['doing']}"] if told.get("doing") else []
+
+
 def status_text(run_dir: Path, status: dict[str, Any]) -> str:
     """A status for people."""
     labels, ms, restarts = status["labels"], status["call_ms"], status["restarts"]
@@ -179,7 +187,7 @@ def status_text(run_dir: Path, status: dict[str, Any]) -> str:
     lines += _quarantine(run_dir, status)
     lines += [f"  budget         {note}" for note in status.get("notes", [])]
     lines += _errors(status["force_rmse"])
-    lines += [f"  learning       {said}" for said in _end(status)]
+    lines += [f"  learning       {said}" for said in (*_fine_tune(status), *_end(status))]
     lines += [f"  session        {s['name']}: {s['state']}, {s['forces']} forces" for s in status["sessions"]]
     lines += [f"  ! {error}" for error in status["errors"]]
     return "\n".join(lines)

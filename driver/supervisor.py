@@ -310,6 +310,7 @@ class Supervisor:
             "uncertainty": gateway.get("uncertainty", {"last": 0.0, "max": 0.0}),
             "quantile": learner.get("quantile", 2.0),
             "force_rmse": learner.get("errors", {}),
+            "fine_tune": self._reports.get("trainer", {}),
             "pinned": learner.get("pinned"),
             "convergence": learner.get("convergence", {}),
             "workers": learner.get("workers", {}),
