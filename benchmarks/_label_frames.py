@@ -101,8 +101,10 @@ def _distorted(formula: str, kind: str, count: int) -> Iterator[Array]:
 def _compressed(numbers: Array, positions: Array, ratio: float, turn: int) -> Array:
     """One bond, the nearest of its kind (metal-metal, metal-oxygen, oxygen-hydrogen in turn), at a ratio of its covalent length."""
     metal, oxygen, hydrogen = numbers > 20, numbers == 8, numbers == 1
-    kinds = [(metal, metal), (metal, oxygen), (oxygen, hydrogen)]
-    one, other = kinds[turn % 3]
+    kinds = [(metal, oxygen), (oxygen, hydrogen)]
+    if metal.sum() > 1:
+        kinds.insert(0, (metal, metal))
+    one, other = kinds[turn % len(kinds)]
     distances = np.where(one[:, None] & other[None, :], pair_distances(Frame(numbers, positions)), np.inf)
     first, second = np.unravel_index(int(np.argmin(distances)), distances.shape)
     length = ratio * float(COVALENT_RADII[numbers[first]] + COVALENT_RADII[numbers[second]])

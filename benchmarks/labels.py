@@ -49,11 +49,11 @@ from tumbaga.online.records import Frame, Label
 
 KINDS = (STRETCHED, COMPRESSED, RATTLED, TORN, MD)
 FULL = (
-    System("CuAu(H2O)1", 0, ((STRETCHED, 8), (COMPRESSED, 8), (RATTLED, 10), (TORN, 10), (MD, 8))),
-    System("CuAu(H2O)1", 1, ((STRETCHED, 4), (COMPRESSED, 4), (RATTLED, 6), (TORN, 6), (MD, 6))),
+    System("CuAu(H2O)1", 0, ((STRETCHED, 8), (COMPRESSED, 8), (RATTLED, 8), (TORN, 8), (MD, 8))),
+    System("CuAu(H2O)1", 1, ((STRETCHED, 4), (COMPRESSED, 4), (RATTLED, 4), (TORN, 6), (MD, 5))),
     System("Cu1(H2O)1", 0, ((STRETCHED, 4), (COMPRESSED, 4), (RATTLED, 6), (TORN, 6), (MD, 6))),
-    System("CuAu2(H2O)1", 0, ((STRETCHED, 3), (COMPRESSED, 2), (RATTLED, 3), (TORN, 2), (MD, 3))),
-    System("CuAu(H2O)2", 0, ((STRETCHED, 2), (RATTLED, 2), (TORN, 2), (MD, 3))),
+    System("CuAu2(H2O)1", 0, ((STRETCHED, 2), (COMPRESSED, 2), (RATTLED, 2), (TORN, 2), (MD, 2))),
+    System("CuAu(H2O)2", 0, ((STRETCHED, 2), (RATTLED, 2), (TORN, 2), (MD, 2))),
 )
 QUICK = (
     System("CuAu(H2O)1", 0, ((STRETCHED, 1), (COMPRESSED, 1), (RATTLED, 1), (TORN, 1), (MD, 2))),
