@@ -151,8 +151,8 @@ def test_every_force_is_traced_and_a_version_is_gone_back_to(
     assert {one["label"] for one in traced["lineage"][0]["labels"]} == {
         one for version in [int(traced["version"].partition("-")[0])] for one in _labels(copy, version)
     }
-    told = command("trace", str(copy), "3", "--conversation", "1")
-    assert told.stdout.startswith("step 3, force call 3 of unix:"), told
+    said = command("trace", str(copy), "3", "--conversation", "1")
+    assert said.stdout.startswith("step 3, force call 3 of unix:"), said
     table = command("versions", str(copy)).stdout
     assert table.count("withdrawn") >= 1
     assert json.loads(command("versions", str(copy), "--json").stdout)["pinned"] is None
