@@ -46,7 +46,7 @@ def label(atoms, folder):
         while True:
             time.sleep(0.01)
             if fault == "memory":
-                eaten.append(np.ones(2_000_000))
+                eaten.append(np.ones(5_000_000))
     time.sleep(0.3)
     energy, forces = lennard_jones(frame, 0.2)
     note(journal, "end", frame)
@@ -67,7 +67,7 @@ def test_no_label_is_lost_or_done_twice_by_faults(tmp_path: Path, start: Callabl
             method=f"call:{tmp_path / 'mine.py'}:label",
             options={"folder": str(tmp_path)},
             budget=10_000,
-            time_limit=5.0,
+            time_limit=12.0,
             memory_gb=0.6,
             attempts=100,
         ),
@@ -125,7 +125,7 @@ def test_no_label_is_lost_or_done_twice_by_faults(tmp_path: Path, start: Callabl
     assert stored == Counter(key for what, key, _ in lines if what == "end")
     assert set(stored.values()) == {1}
     assert failures == {
-        faulty["hang"]: "took longer than label.time_limit = 5 s and was killed",
+        faulty["hang"]: "took longer than label.time_limit = 12 s and was killed",
         faulty["memory"]: "needed more memory than label.memory_gb = 0.6 and was killed",
     }
     assert [sum(line[:2] == ("start", key) for line in lines) for key in faulty.values()] == [1, 1]

@@ -77,14 +77,15 @@ def test_a_function_labels_from_the_command_line(tmp_path: Path, start: Callable
         "def label(atoms, scale):\n"
         "    open('scratch', 'w').write('x')\n"
         "    details = {'pid': os.getpid(), 'folder': os.getcwd()}\n"
-        "    return {'energy': scale * (atoms.positions**2).sum(), 'forces': -2 * scale * atoms.positions, 'details': details}\n"
+        "    arms = atoms.positions - atoms.positions.mean(axis=0)\n"
+        "    return {'energy': scale * (arms**2).sum(), 'forces': -2 * scale * arms, 'details': details}\n"
     )
     monkeypatch.chdir(tmp_path)
     program = start("run", "cuau-water", "--label", "call:mine.py:label?scale=0.1", "--labels", "2", "--steps", "1000000")
     found = labelled(program)[0]
 
     assert found.label.method == "call:mine.py:label(scale=0.1)"
-    assert found.label.energy == pytest.approx(0.1 * (found.frame.positions**2).sum())
+    assert found.label.energy == pytest.approx(0.1 * ((found.frame.positions - found.frame.positions.mean(axis=0)) ** 2).sum())
     assert (tmp_path / "imported").read_text().split() == [str(found.label.details["pid"])]
     assert found.label.details["folder"].startswith(str(program.scratch))
     assert not os.path.exists(found.label.details["folder"])
