@@ -246,7 +246,8 @@ class Gateway:
         self._unwatch(session)
         self._restless.discard(session.name)
         forces = session.forces
-        self._learner.journal.ended(session.name)
+        if self._learner.journal.ended(session.name):
+            self._learner.send_journal()
         session.hang_up()
         now = process.monotonic()
         self._requests.forget(session.name, now)

@@ -86,11 +86,12 @@ class Journal:
             self._add(session, "came", call, new=mix.new, work=work - place.before)
             place.alone, place.above, place.ramps = 0, 0, False
 
-    def ended(self, session: str) -> None:
-        """A conversation is over, if there was one."""
+    def ended(self, session: str) -> bool:
+        """A conversation is over; return whether there was one."""
         place = self._places.pop(session, None)
         if place is not None:
             self._add(session, "ends", place.calls)
+        return place is not None
 
     def _add(self, session: str, what: str, call: int, *, old: int = 0, new: int = 0, weight: float = 1.0, work: float = 0.0) -> None:
         self._moves.append(bus.Move(session, what, call, self._clock(), old, new, weight, work))

@@ -81,13 +81,15 @@ class LearnerLink:
 
     def report(self) -> None:
         """Send what the learner may have missed, and what waits; to be called a few times a second."""
-        self._send_journal()
+        self.send_journal()
         if self._alarm is not None:
             self.alarm(self._alarm)
         self.send_candidates()
 
-    def _send_journal(self) -> None:
+    def send_journal(self) -> None:
+        """Send what the sessions were served; by itself where a conversation is over, after which the learner may soon be gone."""
         message = self.journal.message()
+        self.stirred = True
         if message is not None and self._socket.send(message, to=bus.LEARNER):
             self.journal.sent(message)
 
@@ -95,7 +97,7 @@ class LearnerLink:
         """Send what waits, as far as the learner takes it; before a frame it hears of the conversation that the frame is of."""
         self.stirred = True
         if self.journal.fresh and self._unsent:
-            self._send_journal()
+            self.send_journal()
         while self._unsent and self._socket.send(*self._unsent[0], to=bus.LEARNER):
             self._unsent.popleft()
 

@@ -283,6 +283,9 @@ class LearnerProcess:
     def close(self) -> None:
         """Leave in order: what is in the spool is stored, what was not finished waits again and is no failure."""
         self._ingest()
+        while (received := self.gateway.receive()) is not None:
+            if isinstance(received[1], bus.Journal):
+                self._recorder.note(received[1])
         self._recorder.keep()
         self._store.release_running()
         self._report()
