@@ -346,8 +346,9 @@ class Learner:
         return last_layer.fit(labels, self._base, self._settings, mean_h2=self._mean_h2)
 
     def _set_aside(self, one: Labelled, doubt: quality.Doubt) -> None:
-        stored = self._sources.pop(one)
-        self._store.set_aside(stored.id, doubt.check, doubt.reason, doubt.numbers)
+        stored = self._sources[one]
+        self._store.set_aside(stored.id, doubt.check, doubt.reason, doubt.numbers)  # first: on a full disk nothing has changed
+        del self._sources[one]
         self.sets[stored.role].remove(one)
         self._fresh = [frame_id for frame_id in self._fresh if frame_id != stored.frame_id]
         self._tell("label set aside", frame=stored.frame_id, check=doubt.check, reason=doubt.reason)

@@ -95,14 +95,14 @@ def run(labels: list[Labelled], refit: Callable[..., Fit]) -> tuple[list[int], l
     return aside, doubts
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [LEVELS[0], pytest.param(LEVELS[1], marks=pytest.mark.slow)])
 def test_no_good_label_is_refused(level: str, levels: dict[str, list[Labelled]], refit: Callable[..., Fit]) -> None:
     """All labels of a run are believed, also while it is heated from 300 to 1000 K and its errors grow tenfold."""
     assert run(levels[level], refit) == ([], [])
 
 
 @pytest.mark.parametrize("poison", POISONS, ids=lambda poison: poison.__name__.strip("_"))
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [LEVELS[0], pytest.param(LEVELS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("first", [2, 8])
 def test_every_poisoned_label_is_found(
     poison: Callable[..., Labelled],
