@@ -127,6 +127,8 @@ class Learn(_Section, frozen=True):
 
     Attributes:
         enabled: off means serve only: no labels, no updates.
+        swap: "ramp": an engine moves to a new version while it runs; "between": only with its next connection, as constant energy and
+            optimisers ask for. Going back from a bad version, and a label that an engine waits for, do not wait for that.
         ramp_steps: force calls over which a session moves to a new version.
         ramp_pause: force calls between the end of a ramp and the start of the next.
         finetune_every: new training labels after which all weights are trained in the background; 0 for never.
@@ -139,6 +141,7 @@ class Learn(_Section, frozen=True):
     """
 
     enabled: bool = True
+    swap: Literal["ramp", "between"] = "ramp"
     ramp_steps: int = 200
     ramp_pause: int = 500
     finetune_every: int = 8

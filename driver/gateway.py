@@ -188,6 +188,7 @@ class Gateway:
         if isinstance(made, Dialling):
             session.dialling = made
         else:
+            self._rollout.begun(session)
             session.connected(made)
             session.connected_at = process.monotonic()
             self._counts["conversations"] += 1

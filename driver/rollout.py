@@ -52,6 +52,11 @@ class Rollout:
             self.serving if version is None else version, idle=self._learn.ramp_pause, n=self._learn.ramp_steps, rest=self._learn.ramp_pause
         )
 
+    def begun(self, session: Session) -> None:
+        """A conversation begins: nothing is behind it that it would have to be smooth with."""
+        if self._learn.swap == "between" and session.ramp.serving != self.serving:
+            session.ramp = self.fresh_ramp()
+
     def wanted(self, message: bus.Serve) -> bool:
         """The learner says what should serve; return whether that serves from now on."""
         if message.lpr_scale is not None:
@@ -101,7 +106,7 @@ class Rollout:
                 session.ramp = state  # without an engine there is nothing to be smooth for
             elif target.hurry:
                 session.ramp = session.ramp.recall(version, at_once=target.hurry > 1)
-            else:
+            elif self._learn.swap == "ramp":
                 session.ramp = session.ramp.publish(version)
         self._tell(bus.NowServing(version))
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ase import units
+from ase.data import atomic_masses
 
 from tumbaga.driver.backends import painn, registry
 from tumbaga.driver.backends.painn import PaiNN
 from tumbaga.driver.slot import Answer, Slot
 from tumbaga.online import versions
 from tumbaga.online.errors import VersionError
+from tumbaga.online.ramp import Mix, RampState, swap_work, weight_step
 from tumbaga.online.records import Frame
 from tumbaga.online.versions import LastLayer, VersionFile
 
@@ -160,3 +163,36 @@ def test_other_elements_are_another_potential(base: PaiNN, tmp_path: Path) -> No
     again = versions.write(tmp_path, 2, tuned(base, 1).state(), replace(layer, metadata={}), other)
     with pytest.raises(VersionError, match="is of another potential: its hyper"):
         slot.load(2, tmp_path / again.path, ())
+
+
+@pytest.mark.parametrize("steps", [1, 100])
+def test_the_work_of_a_swap_between_networks_balances_the_energy(base: PaiNN, tmp_path: Path, steps: int) -> None:
+    """Constant energy through a swap to another network, hard or over a ramp: less the work that was told, it drifts no more than without."""
+    slot = Slot(base, opened)
+    slot.load(1, tmp_path / written(tmp_path, 1, tuned(base, 1), base).path, ())
+    state = RampState(0, n=steps)
+    before, swapped = ledger(slot, RampState(0), 300), ledger(slot, state.publish(1), 300)
+
+    spread = np.ptp(swapped[:, 0] - swapped[:, 1])
+    assert spread < 1.5 * np.ptp(before[:, 0]) + 1e-5
+    assert abs(swapped[-1, 1]) > 20.0 * spread  # there was something to balance
+
+
+def ledger(slot: Slot, state: RampState, steps: int) -> np.ndarray:
+    """Total energy and work told so far after each step of velocity Verlet from one start, eV, shape (steps, 2); 0.25 fs."""
+    one = frame(5)
+    step, masses = 0.25 * units.fs, atomic_masses[one.numbers][:, None]
+    velocities = np.random.default_rng(0).standard_normal(one.positions.shape) * np.sqrt(300 * units.kB / masses)
+    forces, last, work, found = None, None, 0.0, []
+    for _ in range(steps):
+        if forces is not None:
+            velocities = velocities + 0.5 * step * forces / masses
+            one = Frame(one.numbers, one.positions + step * velocities)
+        state, mix = state.advance()
+        (answer,) = slot.answer([one], [mix])
+        work += swap_work(weight_step(last or Mix(mix.old, mix.old, 1.0), mix), answer.step, 0.0)
+        last, forces = mix, answer.prediction.forces
+        if found:
+            velocities = velocities + 0.5 * step * forces / masses
+        found.append((answer.prediction.energy + 0.5 * float((masses * velocities**2).sum()), work))
+    return np.array(found)
