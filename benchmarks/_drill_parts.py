@@ -66,7 +66,7 @@ def _go_wrong(order: str) -> None:
     while True:
         time.sleep(0.02)
         if order == MEMORY:
-            eaten.append(np.ones(2_500_000))  # 20 MB
+            eaten.append(np.ones(12_500_000))  # 100 MB
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from tumbaga.online.store import FILE, Store
 from tumbaga.socket_protocol.streams import Address
 
 DELAY_S = 0.3
-TIME_LIMIT_S, MEMORY_GB, ATTEMPTS = 10.0, 1.0, 100
+TIME_LIMIT_S, MEMORY_GB, ATTEMPTS = 20.0, 1.0, 100
 FACTOR, FLOOR_MS = 2.0, 5.0
 """Starting a process costs a core its time: on two cores a call may wait for that."""
 ROOM_MIB = 1024
@@ -318,7 +318,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the instants of the kills")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
-    quiet, times = (15, (6, 2, 1, 1, 1)) if options.quick else (40, (50, 10, 2, 2, 2))
+    quiet, times = (10, (6, 2, 1, 1, 1)) if options.quick else (20, (50, 10, 2, 2, 2))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as name, small_disk(Path(name)) as mounted:
         with Run(Path(name), options.seed) as run:
