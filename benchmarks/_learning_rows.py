@@ -120,9 +120,12 @@ def plot(rows: Sequence[Row], length: Length) -> Any:
     for size, panel in zip(length.sizes, panels, strict=True):
         for row in (row for row in rows if row.size == size and not row.delay):
             name = f"FALCON, {row.accuracy:g} eV" if row.side == FALCON else f"tumbaga, {row.side}"
-            panel.plot(*zip(*((n, 1000 * e) for n, e in row.curve), strict=True), ".-", ls="-" if row.side != FALCON else "--", label=name)
+            panel.plot(
+                *zip(*((n, 1000 * e) for n, e in row.curve), strict=True), marker=".", ls="--" if row.side == FALCON else "-", label=name
+            )
         panel.set(title=f"{size} atoms", xlabel="labels", ylabel="force RMSE, meV/Å", yscale="log")
-        panel.legend(fontsize="small")
+        if panel.lines:
+            panel.legend(fontsize="small")
     for side in (FALCON, SCRATCH, BIASED):
         for size in length.sizes:
             some = [
@@ -131,9 +134,10 @@ def plot(rows: Sequence[Row], length: Length) -> Any:
                 if (row.side, row.size) == (side, size) and row.accuracy in (0.0, length.accuracies[0])
             ]
             if some:
-                calls.plot(*zip(*some, strict=True), ".-", ls="--" if side == FALCON else "-", label=f"{side}, {size}")
+                calls.plot(*zip(*some, strict=True), marker=".", ls="--" if side == FALCON else "-", label=f"{side}, {size}")
     calls.axhline(LONGEST_MS, color="0.7", lw=0.8)
     calls.set(title="longest force call", xlabel="label, s", ylabel="ms", yscale="log")
     calls.set_xscale("symlog", linthresh=1.0)
-    calls.legend(fontsize="small")
+    if calls.lines[1:]:
+        calls.legend(fontsize="small")
     return figure

@@ -32,7 +32,6 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import argparse
 import json
 import math
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -195,6 +194,13 @@ def _ran(side: str, task: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 # -- what is told ----------------------------------------------------------------------------------------------------------------------
 
 
+def keep(path: Path | None, rows: Sequence[Row], length: Length, packaged: dict[str, float], commands: Sequence[str]) -> None:
+    """Write the figures, whole or not at all."""
+    if path is not None:
+        found = evaluating.finite(told(rows, length, packaged, commands))
+        write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+
+
 def told(rows: Sequence[Row], length: Length, packaged: dict[str, float], commands: Sequence[str]) -> dict[str, Any]:
     peer = json.loads(subprocess.run([set_up(), "-c", _VERSIONS], capture_output=True, text=True, check=True).stdout)
     return {
@@ -214,10 +220,17 @@ _VERSIONS = (
 )
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[str], dict[str, float]]:
-    """Rows, commands and errors of the packaged potential of an earlier --json."""
-    kept = json.loads(path.read_text())
-    return [Row(**row) for row in kept["rows"]], kept["commands"], kept["untuned_rmse"]
+def earlier(paths: Sequence[Path]) -> tuple[list[Row], list[str], dict[str, float]]:
+    """Rows, commands and errors of the packaged potential of earlier --json files; of two rows of a name the first is taken."""
+    rows: dict[str, Row] = {}
+    commands: list[str] = []
+    packaged: dict[str, float] = {}
+    for kept in (json.loads(path.read_text()) for path in paths if path.exists()):
+        for row in (Row(**row) for row in kept["rows"]):
+            rows.setdefault(row.name, row)
+        commands += kept["commands"]
+        packaged |= kept["untuned_rmse"]
+    return list(rows.values()), list(dict.fromkeys(commands)), packaged
 
 
 def main() -> int:
@@ -226,7 +239,9 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, anew after each row")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the curves there, a PNG; needs matplotlib")
     parser.add_argument("--only", metavar="PART", default="", help="rows with this in their names, e.g. scratch-13 or falcon-38-0-0.1")
-    parser.add_argument("--go-on", metavar="FILE", type=Path, help="take the rows of an earlier --json, and measure what it lacks")
+    parser.add_argument(
+        "--go-on", metavar="FILE", type=Path, action="append", default=[], help="take the rows of an earlier --json; can be repeated"
+    )
     parser.add_argument("--seconds", metavar="N", type=float, help="that a row may take, instead of 900")
     parser.add_argument("--work", metavar="DIR", type=Path, help="keep frames and first potentials there, and take those that are there")
     parser.add_argument("--setup", action="store_true", help="make the environment of falcon-md and stop")
@@ -237,8 +252,10 @@ def main() -> int:
     length = QUICK if options.quick else FULL
     if options.seconds:
         length = Length(**{**asdict(length), "seconds": options.seconds})
-    rows, commands, packaged = read_rows(options.go_on) if options.go_on and options.go_on.exists() else ([], [], {})
-    commands.append(shlex.join(["python", "benchmarks/learning.py", *sys.argv[1:]]))
+    rows, commands, packaged = earlier(options.go_on)
+    typed = {"--quick": options.quick, "--only": options.only, "--seconds": options.seconds and f"{options.seconds:g}"}
+    said = [f"{name} {value}" if isinstance(value, str) else name for name, value in typed.items() if value]
+    command = " ".join(["python benchmarks/learning.py", *said])  # where files lie is nobody's business
     with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
@@ -253,9 +270,9 @@ def main() -> int:
             theirs = known.get(name_of(FALCON, size, 0.0, length.accuracies[0]))
             rows.append(measured(job, ground, length, min(BUDGET, theirs.labels) if theirs else BUDGET))
             print(line(rows[-1]), flush=True)
-            if options.json:
-                found = evaluating.finite(told(rows, length, packaged, commands))
-                write_whole(options.json, (json.dumps(found, indent=1) + "\n").encode())
+            commands = list(dict.fromkeys([*commands, command]))
+            keep(options.json, rows, length, packaged, commands)
+    keep(options.json, rows, length, packaged, commands)
     print("\n".join([HEAD, *map(line, rows)]))
     print(f"RMSE and own in meV/Å; packaged {SHAPE} as it is: " + ", ".join(f"{1000 * e:.0f} at {n} atoms" for n, e in packaged.items()))
     if options.plot and plots.available():
