@@ -33,6 +33,7 @@ from tumbaga.online.store import FILE, Store, StoredVersion
 UNSURE_FRAMES = 40
 MOST_VERSIONS = 16  # of one run that are judged
 QUIET_STEPS = 3000  # without a new label: nothing is uncertain any more
+SETTLED_S = 20.0
 LOOK = 50  # steps between two looks at the status
 
 
@@ -79,7 +80,7 @@ def walked(atoms: Atoms, calculator: ServedCalculator, watch: teacher.Watch, tas
 
 
 class Enough:
-    """Whether labels have come to an end, and a fine-tune with them.
+    """Whether learning has come to an end: no label, fine-tune or version is new for a while, and none is to be expected.
 
     Args:
         calculator: with the server.
@@ -88,15 +89,23 @@ class Enough:
 
     def __init__(self, calculator: ServedCalculator, task: dict[str, Any]) -> None:
         self._calculator, self._budget = calculator, task["budget"]
-        self._labels, self._changed = 0, 0
+        self._labels, self._labelled_at = 0, 0
+        self._seen: tuple[int, ...] = ()
+        self._since = time.perf_counter()
 
     def __call__(self, step: int) -> bool:
         """Look; `step` is the one now."""
-        labels = ended(self._calculator.status())
+        status, run = self._calculator.status(), self._calculator.run_dir
+        labels = ended(status)
         if labels != self._labels:
-            self._labels, self._changed = labels, step
-        at_rest = labels >= self._budget or step - self._changed >= QUIET_STEPS
-        return at_rest and finetuning.open_order(self._calculator.run_dir) is None
+            self._labels, self._labelled_at = labels, step
+        orders = len(list((run / finetuning.FOLDER).glob("*")))
+        seen = (labels, orders, status["versions"], status["serving_version"])
+        if seen != self._seen or finetuning.open_order(run) is not None:
+            self._seen, self._since = seen, time.perf_counter()
+        expected = labels < self._budget and step - self._labelled_at < QUIET_STEPS
+        # what a fine-tune brought is taken, and the next one ordered, within seconds
+        return not expected and time.perf_counter() - self._since > SETTLED_S
 
 
 def ended(status: dict[str, Any]) -> int:
