@@ -56,6 +56,7 @@ class Settings:
         noise_factors: candidates for the noise variance relative to the above; leave-one-label-out error chooses.
         first_factor: what is used before that.
         choose_from: how many labels it takes before that error chooses.
+        anchor_weight, anchor_weight_later, anchor_later: of an anchor's force row relative to a label's; the second from so many labels on.
         trust_floor: change of force that is always allowed, eV/Å.
         trust_ratio: allowed change of force relative to the largest label residual.
         halvings: how often a step may be halved before it is refused.
@@ -69,6 +70,9 @@ class Settings:
     noise_factors: tuple[float, ...] = (1.0, 5.0, 25.0, 100.0)
     first_factor: float = 25.0
     choose_from: int = 3
+    anchor_weight: float = 1e-3
+    anchor_weight_later: float = 1e-2
+    anchor_later: int = 8
     trust_floor: float = 0.3
     trust_ratio: float = 1.5
     halvings: int = 2
@@ -131,7 +135,13 @@ class Verdict:
     candidate_rmse: float
 
 
-def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = None, mean_h2: float | None = None) -> Fit:
+def fit(
+    labels: Sequence[Labelled],
+    base: Array,
+    settings: Settings | None = None,
+    mean_h2: float | None = None,
+    anchors: Array | None = None,
+) -> Fit:
     """Return the posterior of the readout given labels; without labels, the prior.
 
     The prior on each weight is N(0, prior_force² / mean_h2), so that a typical force component has the prior standard deviation
@@ -144,6 +154,9 @@ def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = Non
         base: readout of that version, shape (n_columns,), eV.
         settings: None means the defaults.
         mean_h2: mean squared norm of a force row over the version's training data; None or 0 (unknown) takes the labels' own.
+        anchors: force rows of frames on which the base is to stay as it is, shape (n_rows, n_columns), per Å: closed-form replay, for frames
+            outside of what is simulated; inside it, it would undo what is learnt. Their weight is that of labels times `anchor_weight`, or
+            `anchor_weight_later` from `anchor_later` labels on.
 
     Raises:
         UpdateRefusedError: the equations hold non-finite numbers or have no Cholesky factor, or neither labels nor mean_h2 are given.
@@ -170,7 +183,7 @@ def fit(labels: Sequence[Labelled], base: Array, settings: Settings | None = Non
             (),
         )
     shift = _offset_estimate(labels)
-    equations = _Equations.of(labels, shift, prior, settings)
+    equations = _Equations.of(labels, shift, prior, settings, anchors)
     factors = settings.noise_factors if len(labels) >= settings.choose_from else (settings.first_factor,)
     solutions = [equations.solve(factor) for factor in factors]
     best = min(solutions, key=lambda solution: solution.loo_rmse)
@@ -217,23 +230,26 @@ class _Equations:
 
     blocks: tuple[Array, ...]
     targets: tuple[Array, ...]
-    prior: Array  # diagonal
+    prior: Array  # precision
     gram: Array
     moment: Array
     settings: Settings
 
     @classmethod
-    def of(cls, labels: Sequence[Labelled], shift: Array, prior: float, settings: Settings) -> _Equations:
+    def of(cls, labels: Sequence[Labelled], shift: Array, prior: float, settings: Settings, anchors: Array | None) -> _Equations:
         blocks, targets = zip(*(_whitened(one, shift, settings) for one in labels), strict=True)
         n_columns, n_species = labels[0].phi.size, labels[0].composition.size
         diagonal = np.concatenate([np.full(n_columns, prior), np.full(n_species, settings.prior_offset**-2)])
         gram = sum((block.T @ block for block in blocks), np.zeros((diagonal.size, diagonal.size)))
         moment = sum((block.T @ target for block, target in zip(blocks, targets, strict=True)), np.zeros(diagonal.size))
-        return cls(blocks, targets, diagonal, gram, moment, settings)
+        before = np.diag(diagonal)
+        if anchors is not None and anchors.size:
+            weight = settings.anchor_weight if len(labels) < settings.anchor_later else settings.anchor_weight_later
+            before[:n_columns, :n_columns] += weight / settings.sigma_force**2 * (anchors.T @ anchors)
+        return cls(blocks, targets, before, gram, moment, settings)
 
     def solve(self, factor: float) -> _Solution:
-        precision: Array = self.gram / factor
-        precision[np.diag_indices_from(precision)] += self.prior
+        precision: Array = self.gram / factor + self.prior
         try:
             lower = np.linalg.cholesky(precision)
         except np.linalg.LinAlgError as error:
@@ -253,7 +269,7 @@ class _Equations:
         return _Solution(factor, theta, precision, covariance, left_out, rmse, evidence)
 
     def _slope(self, factor: float, theta: Array) -> Array:
-        slope = -self.prior * theta
+        slope: Array = -(self.prior @ theta)
         for block, target in zip(self.blocks, self.targets, strict=True):
             slope += block.T @ (target - block @ theta) / factor
         return slope
@@ -276,7 +292,7 @@ class _Equations:
         n_rows = sum(target.size for target in self.targets)
         squares = sum(float(target @ target) for target in self.targets)
         misfit = (squares - float(self.moment @ theta)) / factor
-        volume = log_det - float(np.log(self.prior).sum())
+        volume = log_det - float(np.linalg.slogdet(self.prior)[1])
         return -0.5 * (n_rows * math.log(2 * math.pi * factor) + volume + misfit)
 
 

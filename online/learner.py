@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tumbaga.online import last_layer, quality, selection
+from tumbaga.online.anchors import pair_rows
 from tumbaga.online.calibration import TrackedQuantile, error_ratio, variance_factor
 from tumbaga.online.errors import UpdateRefusedError
 from tumbaga.online.gain import Costs, Gains
@@ -95,6 +96,7 @@ class Learner:
         self._models: dict[int, ForceRows] = {}
         self._fresh: list[int] = []  # frames with training labels that what serves does not know
         self._sources: dict[Labelled, StoredLabel] = {}
+        self._anchors: tuple[set[int], Array] = (set(), np.zeros((0, self._base.size)))
         self._recent: deque[_Seen] = deque(maxlen=_RECENT)
         self.sets: dict[Role, list[Labelled]] = {role: [] for role in Role}
         self.scale = ScoreScale()
@@ -127,7 +129,8 @@ class Learner:
         # what is left of the errors on labels that the network was trained on says nothing of the noise
         settings = replace(self._settings, noise_factors=(1.0,), first_factor=1.0)
         try:
-            fitted = last_layer.fit(train, self._base, settings, mean_h2=self._mean_h2 if train else self._mean_h2 or 1.0)
+            mean_h2 = self._mean_h2 if train else self._mean_h2 or 1.0
+            fitted = last_layer.fit(train, self._base, settings, mean_h2=mean_h2, anchors=self._anchored())
         except UpdateRefusedError:
             self.serve_base()
             return
@@ -343,7 +346,14 @@ class Learner:
         self._sources = {one: stored for one, stored in self._sources.items() if one not in gone}
 
     def _fit(self, labels: Sequence[Labelled]) -> last_layer.Fit:
-        return last_layer.fit(labels, self._base, self._settings, mean_h2=self._mean_h2)
+        return last_layer.fit(labels, self._base, self._settings, mean_h2=self._mean_h2, anchors=self._anchored())
+
+    def _anchored(self) -> Array:
+        """Rows of pressed pairs of the elements that have labels; computed when one is new."""
+        elements = {int(z) for stored in self._sources.values() for z in stored.frame.numbers}
+        if elements != self._anchors[0]:
+            self._anchors = (elements, pair_rows(self._potential, elements))
+        return self._anchors[1]
 
     def _set_aside(self, one: Labelled, doubt: quality.Doubt) -> None:
         stored = self._sources[one]
