@@ -106,9 +106,11 @@ def find(
             f"session {held[0].session} has had {len(held)} conversations, and each counts its steps from 0; add --conversation 1 to {len(held)}, "
             "or name the force call with --call"
         )
-    for one in reversed(held):  # an engine that went on from a checkpoint has done some steps twice, and the last time counts
-        if one.step is not None and one.step <= step < one.step + one.calls:
-            return one, step - one.step
+    # an engine that went on from a checkpoint has done the steps after it twice, and the last time counts; that of the checkpoint it wrote
+    # before, and asked for its forces once more to go on from there
+    found = [one for one in reversed(held) if one.step is not None and one.step <= step < one.step + one.calls]
+    for one in (*(one for one in found if one.step == 0 or one.step != step), *found):
+        return one, step - (one.step or 0)
     known = [one for one in held if one.step is not None and one.calls]
     steps = f"{min((one.step or 0) for one in known)} to {max((one.step or 0) + one.calls - 1 for one in known)}" if known else "none"
     raise TraceError(f"there is no step {step}; the steps that the store knows of: {steps}")
