@@ -141,12 +141,12 @@ class Recorder:
             step = None if last.step is None or not last.over else last.step + last.calls  # the same engine asks on for what it lacks
         first = 0 if last is None else last.first_call + last.calls
         made = Place(1 if last is None else last.conversation + 1, first, step, engine)
-        self._places[move.session] = made
         version = move.old if move.what == "ramps" else move.new
         self._store.add_ramp(Ramp(move.session, version, version, first, first, 0.0))
         told = {"session": move.session, "conversation": made.conversation, "first_call": first, "step": step, "engine": engine}
         known = {"version": version, "at": move.at, "exact": last is None or last.over, "ramp_steps": self._ramp_steps}
         self._store.add_event(CONVERSATION, move=number, **told, **known)
+        self._places[move.session] = made
         return made
 
     def _engine(self) -> tuple[float | None, int | None]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from tumbaga.driver import engines, provenance
+from tumbaga.driver import cli, engines, provenance
+from tumbaga.driver.errors import DriverError
 from tumbaga.driver.journal import MOST, Journal
 from tumbaga.driver.provenance import TraceError, conversations, find, served
 from tumbaga.driver.recording import Recorder
@@ -220,6 +223,22 @@ def test_a_trace_leads_back_to_version_0(bench: Bench) -> None:
     assert (on_ramp["from"], on_ramp["version"], on_ramp["weight"]) == ("1-abababab", "1-abababab", 1.0)
     assert on_ramp["ramp"] == {"first_call": 5, "last_call": 5, "work_ev": pytest.approx(0.004)}
     assert provenance.trace(store, *find(store, 3))["flags"][0]["reason"] == "uncertain"
+
+
+def test_the_command_wants_one_of_step_and_call(bench: Bench) -> None:
+    """A mistake is one sentence; what is asked for is told, in JSON too."""
+    for call in range(4):
+        bench.call(NAME, call, Mix(0, 0, 1.0))
+    bench.tell()
+    bench.store.add_version(StoredVersion(0, "00" * 32, None, "versions/0", "served", 0, {}))
+    run = CliRunner()
+    for wrong in ([], ["3", "--call", "3"]):
+        with pytest.raises(DriverError, match="trace: give a STEP, or --call N instead of it"):
+            cli.app(["trace", str(bench.run_dir), *wrong], standalone_mode=False)
+    assert run.invoke(cli.app, ["trace", str(bench.run_dir), "3"]).output.startswith("step 3, force call 3 of unix:/x (conversation 1)")
+    assert json.loads(run.invoke(cli.app, ["trace", str(bench.run_dir), "--call", "2", "--json"]).output)["version"] == "0-base"
+    with pytest.raises(DriverError, match=r"has no store\.sqlite; is it a run directory, and was learning on\?"):
+        cli.app(["versions", str(bench.run_dir / "nowhere")], standalone_mode=False)
 
 
 def test_a_message_that_comes_twice_counts_once(bench: Bench) -> None:
