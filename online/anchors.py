@@ -17,7 +17,7 @@ from tumbaga.online.guards import COVALENT_RADII
 from tumbaga.online.ports import Trainable
 from tumbaga.online.records import Array, Frame
 
-RATIOS: Final = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)  # of the sum of covalent radii; bonds of a run are longer
+RATIOS: Final = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # of the sum of covalent radii; bonds of a run are longer
 SECONDS: Final = 3.0  # that the rows may cost, once for each network
 
 
