@@ -12,6 +12,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"  # before numpy and torch are imported
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ import numpy as np
 from ase import Atoms
 
 from tumbaga.driver import config as configs
-from tumbaga.driver import datasets, evaluating, finetuning
+from tumbaga.driver import datasets, evaluating, finetuning, importing
 from tumbaga.driver.backends import registry
 from tumbaga.driver.serving import ServedCalculator, ServingError, serve
 from tumbaga.online.records import LabelledFrame
@@ -38,7 +39,7 @@ LOOK = 50  # steps between two looks at the status
 
 
 def main(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-    """One run; `task` has size, seed, delay, steps, seconds, apart, model, known, run, force_error, spacing, budget."""
+    """One run; `task` has size, seed, delay, steps, seconds, apart, model, begun, known, first, run, force_error, spacing, budget."""
     run = Path(task["run"])
     prepare(run, task)
     atoms = teacher.start(task["size"], task["seed"])
@@ -49,7 +50,7 @@ def main(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     judged = curve(run, task, datasets.read(task["apart"]))
     for one in judged:
         say(one)
-    say({"steps": step, "seconds": seconds, **told, **counted(run), **unsure(run, task), "ended": problem})
+    say({"steps": step, "seconds": seconds, **told, **counted(run, task), **unsure(run, task), "ended": problem})
 
 
 def prepare(run: Path, task: dict[str, Any]) -> None:
@@ -62,6 +63,10 @@ def prepare(run: Path, task: dict[str, Any]) -> None:
     )
     run.mkdir(parents=True)
     (run / configs.FILE).write_text(configs.dumps(settings))
+    if task["first"]:
+        # the run shall not forget what its potential was trained on
+        said = ["import", str(run), task["first"], "--method", importing.method_of(settings), "--role", "train", "--quiet"]
+        subprocess.run([sys.executable, "-m", "tumbaga.driver.cli", *said], check=True, stdout=subprocess.DEVNULL)
 
 
 def walked(atoms: Atoms, calculator: ServedCalculator, watch: teacher.Watch, task: dict[str, Any]) -> tuple[int, float, str]:
@@ -88,7 +93,8 @@ class Enough:
     """
 
     def __init__(self, calculator: ServedCalculator, task: dict[str, Any]) -> None:
-        self._calculator, self._budget = calculator, task["budget"]
+        self._calculator = calculator
+        self._budget = task["budget"] + task["begun"] - task["known"]  # imported labels are counted, and cost nothing of it
         self._labels, self._labelled_at = 0, 0
         self._seen: tuple[int, ...] = ()
         self._since = time.perf_counter()
@@ -109,17 +115,17 @@ class Enough:
 
 
 def ended(status: dict[str, Any]) -> int:
-    """Labels that were paid for, those that failed or were set aside included."""
+    """Labels that were paid for, those that failed, were set aside or were imported included."""
     return sum(count for kind, count in status["labels"].items() if kind not in ("pending", "running"))
 
 
-def counted(run: Path) -> dict[str, Any]:
+def counted(run: Path, task: dict[str, Any]) -> dict[str, Any]:
     """What the status says in the end, and what became of fine-tunes."""
     status = json.loads((run / "status.json").read_text())
     labels = {f"labels_{key}": count for key, count in status["labels"].items()}
     tuned = [json.loads(path.read_text()) for path in sorted((run / finetuning.FOLDER).glob("*/result.json"))]
     told = [{"passed": one["passed"], "reason": one["reason"], **(one["metrics"] or {})} for one in tuned]
-    return {"paid": ended(status), "fine_tunes": told, **labels, "swaps": status["swaps"], "server_ms": status["call_ms"]}
+    return {"paid": ended(status) + task["known"], "fine_tunes": told, **labels, "swaps": status["swaps"], "server_ms": status["call_ms"]}
 
 
 def curve(run: Path, task: dict[str, Any], apart: list[LabelledFrame]) -> list[dict[str, Any]]:
@@ -130,7 +136,9 @@ def curve(run: Path, task: dict[str, Any], apart: list[LabelledFrame]) -> list[d
         judged, lost = evaluating.judge(potential, apart)
         errors = [np.ravel(one.forces - one.label.forces) for one in judged]
         rmse = float(np.sqrt(np.mean(np.square(np.concatenate(errors)))))
-        found.append({"labels": task["known"] + version.labels, "version": version.number, "rmse": rmse, "not_finite": lost})
+        found.append(
+            {"labels": max(task["begun"], task["known"] + version.labels), "version": version.number, "rmse": rmse, "not_finite": lost}
+        )
     return found
 
 

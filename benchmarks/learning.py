@@ -142,7 +142,7 @@ def set_up() -> Path:
     return python
 
 
-def measured(job: tuple[str, int, float, float], ground: Ground, length: Length, budget: int) -> Row:
+def measured(job: tuple[str, int, float, float], ground: Ground, length: Length, budget: int, imported: bool) -> Row:
     """Carry out one row in a process of its own."""
     side, size, delay, accuracy = job
     task: dict[str, Any] = {"size": size, "seed": SEED, "delay": delay, "seconds": length.seconds, "apart": str(ground.apart(size))}
@@ -150,9 +150,10 @@ def measured(job: tuple[str, int, float, float], ground: Ground, length: Length,
         steps = min(length.steps, FALCON_SLOW_STEPS.get(delay, length.steps))
         task |= {"steps": steps, "accuracy_e": accuracy, "train_start": 10}
     else:
-        known = teacher.RATTLED if side == SCRATCH else 0
-        task |= {"steps": length.steps, "model": f"painn:{ground.model(side, size)}", "known": known, "budget": budget - known}
-        task |= {"force_error": FORCE_ERROR, "spacing": SPACING}
+        begun = teacher.RATTLED if side == SCRATCH else 0
+        first = str(ground.model(side, size).with_suffix(".extxyz")) if begun and imported else ""
+        task |= {"steps": length.steps, "model": f"painn:{ground.model(side, size)}", "begun": begun, "known": 0 if first else begun}
+        task |= {"first": first, "budget": budget - begun, "force_error": FORCE_ERROR, "spacing": SPACING}
     with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as folder:
         lines = _ran(side, task, Path(folder))
     *points, last = lines
@@ -164,7 +165,7 @@ def measured(job: tuple[str, int, float, float], ground: Ground, length: Length,
         size,
         delay,
         accuracy,
-        labels=last.get("paid", 0) + task.get("known", 0) if side != FALCON else curve[-1][0],
+        labels=last.get("paid", curve[-1][0]),
         rmse=curve[-1][1],
         load=os.getloadavg()[0],
         curve=curve,
@@ -244,6 +245,7 @@ def main() -> int:
     )
     parser.add_argument("--seconds", metavar="N", type=float, help="that a row may take, instead of 900")
     parser.add_argument("--work", metavar="DIR", type=Path, help="keep frames and first potentials there, and take those that are there")
+    parser.add_argument("--import-first", action="store_true", help="hand the ten labels to the run of `scratch` as well (tumbaga import)")
     parser.add_argument("--setup", action="store_true", help="make the environment of falcon-md and stop")
     options = parser.parse_args()
     set_up()
@@ -253,7 +255,12 @@ def main() -> int:
     if options.seconds:
         length = Length(**{**asdict(length), "seconds": options.seconds})
     rows, commands, packaged = earlier(options.go_on)
-    typed = {"--quick": options.quick, "--only": options.only, "--seconds": options.seconds and f"{options.seconds:g}"}
+    typed = {
+        "--quick": options.quick,
+        "--import-first": options.import_first,
+        "--only": options.only,
+        "--seconds": options.seconds and f"{options.seconds:g}",
+    }
     said = [f"{name} {value}" if isinstance(value, str) else name for name, value in typed.items() if value]
     command = " ".join(["python benchmarks/learning.py", *said])  # where files lie is nobody's business
     with tempfile.TemporaryDirectory(prefix="tumbaga-bench-") as scratch:
@@ -268,7 +275,7 @@ def main() -> int:
             if str(size) not in packaged:
                 packaged[str(size)] = untuned(ground.apart(size))
             theirs = known.get(name_of(FALCON, size, 0.0, length.accuracies[0]))
-            rows.append(measured(job, ground, length, min(BUDGET, theirs.labels) if theirs else BUDGET))
+            rows.append(measured(job, ground, length, min(BUDGET, theirs.labels) if theirs else BUDGET, options.import_first))
             print(line(rows[-1]), flush=True)
             commands = list(dict.fromkeys([*commands, command]))
             keep(options.json, rows, length, packaged, commands)
