@@ -178,7 +178,7 @@ def test_a_version_that_cannot_be_read_is_skipped(bench: Bench) -> None:
     (bench.run_dir / file.path).write_bytes(b"torn")
     learner = bench.start()
 
-    assert learner._version == 1
+    assert learner._lineage.number == 1
     assert learner._learner.readout.tolist() == [1.0] * 8
     assert [version.state for version in learner._store.versions()] == ["served", "served", "refused"]
     assert "version refused" in bench.reporter.events

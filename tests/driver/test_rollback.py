@@ -91,7 +91,7 @@ class Bench:
         for _ in range(20):
             self.beat()
             while self.gateway.socket.poll(250) and (received := self.gateway.receive()):
-                if isinstance(received[1], bus.Serve) and received[1].version == self.learner._version:
+                if isinstance(received[1], bus.Serve) and received[1].version == self.learner._lineage.number:
                     return received[1]
         raise AssertionError("the gateway has heard nothing of what serves")
 
@@ -146,7 +146,7 @@ def test_the_parent_of_what_serves_is_gone_back_to(bench: Bench) -> None:
     assert read_serving(bench.run_dir).version == 3
     bench.restart()
     bench.beat()
-    assert (bench.learner._version, bench.reporter.last["pinned"]) == (3, 3)
+    assert (bench.learner._lineage.number, bench.reporter.last["pinned"]) == (3, 3)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
@@ -154,7 +154,7 @@ def test_any_earlier_version_may_be_named(bench: Bench, number: int) -> None:
     """Version 0 among them; and one that was withdrawn may be asked for again."""
     assert bench.ask(number).after == number
     assert bench.told().version == number
-    assert bench.learner._version == number
+    assert bench.learner._lineage.number == number
     assert bench.ask(4).after == 4
     assert bench.told().version == 4
 
@@ -179,14 +179,14 @@ def test_nothing_new_is_made_while_a_version_is_pinned(bench: Bench) -> None:
     bench.restart()
     bench.beat()
     assert len(bench.states) == 5
-    assert bench.learner._version == 1
+    assert bench.learner._lineage.number == 1
 
     outcome = bench.ask(release=True)
     assert "no longer pinned" in outcome.note
     bench.beat()
     made = bench.learner._store.versions()[5:]
     assert [(v.parent, len(bench.learner._store.version_labels(v.number))) for v in made] == [(1, 3)]
-    assert bench.learner._version == 5
+    assert bench.learner._lineage.number == 5
     assert bench.told().hurry == 0
 
 
@@ -210,7 +210,7 @@ def test_a_stopped_run_is_rolled_back_by_the_command(bench: Bench) -> None:
         cli.app(["rollback", str(bench.run_dir), "7"], standalone_mode=False)
     assert "no longer pinned" in run.invoke(cli.app, ["rollback", str(bench.run_dir), "--release"]).output
     bench.learner = bench._started()
-    assert bench.learner._version == 1
+    assert bench.learner._lineage.number == 1
 
 
 def test_a_request_that_nobody_answers_is_taken_back(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_an_alarm_withdraws_a_version_and_all_that_came_of_it(bench: Bench) -> N
     assert [(event["before"], event["after"], event["by"], event["reason"]) for event in events] == [(3, 1, "alarm", "it was unfit")]
     bench.restart()
     bench.beat()
-    assert (len(bench.states), bench.learner._version, bench.reporter.last["pinned"]) == (5, 1, None)
+    assert (len(bench.states), bench.learner._lineage.number, bench.reporter.last["pinned"]) == (5, 1, None)
     bench.labelled(1, version=1)
     assert len(bench.states) == 6
 
@@ -260,15 +260,15 @@ def test_an_alarm_about_the_pinned_version_pins_the_one_before(bench: Bench) -> 
     """A person's choice does not keep what must not serve."""
     bench.ask(3)
     bench.learner._gateway_message(bus.Alarm(3, "it was unfit"), [])
-    assert (bench.learner._version, bench.learner._rolling.pinned) == (1, 1)
+    assert (bench.learner._lineage.number, bench.learner._lineage.pinned) == (1, 1)
 
 
 def test_two_bad_audits_in_a_row_withdraw_a_version_that_made_things_worse(bench: Bench) -> None:
     """One is noise; the version before is nearer to the labels (weights 3 and 4, where the truth has 1)."""
     bench.labelled(1, Reason.AUDIT, score=0.01)
-    assert bench.learner._version == 4
+    assert bench.learner._lineage.number == 4
     bench.labelled(2, Reason.AUDIT, score=0.01)
-    assert bench.learner._version == 3
+    assert bench.learner._lineage.number == 3
     assert bench.states[4] == "withdrawn"
     audits = bench.learner._store.audits()
     assert [(audit.version, audit.promised) for audit in audits] == [(4, 0.01)] * 2
