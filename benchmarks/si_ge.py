@@ -190,7 +190,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the curves there, a PNG")
     options = parser.parse_args()
-    length = Length(90, 30, 300, 100, 3) if options.quick else Length(150, 60, 800, 300, 3)
+    length = Length(120, 30, 300, 300, 1) if options.quick else Length(150, 60, 800, 300, 3)
     torch.set_num_threads(1)
     began = time.monotonic()
     known, pool, test = frames(SI, length.silicon, 0), frames(GE, COUNTS[-1] + 40, 1), frames(GE, length.test, 2)
