@@ -109,7 +109,8 @@ class Enough:
         seen = (labels, orders, status["versions"], status["serving_version"])
         if seen != self._seen or finetuning.open_order(run) is not None:
             self._seen, self._since = seen, time.perf_counter()
-        expected = labels < self._budget and step - self._labelled_at < QUIET_STEPS
+        waiting = status["labels"]["pending"] + status["labels"]["running"]
+        expected = labels < self._budget and (waiting or step - self._labelled_at < QUIET_STEPS)
         # what a fine-tune brought is taken, and the next one ordered, within seconds
         return not expected and time.perf_counter() - self._since > SETTLED_S
 
