@@ -178,12 +178,14 @@ def time_to_tell(program: Program) -> None:
 
 def test_a_step_is_that_of_i_pi(start: Callable[..., Program], table: Callable[[Program], np.ndarray]) -> None:
     """What was served at a step that trace names is what i-PI wrote for that step, before and after a restart from where it was stopped."""
-    # half a spacing after the first frame one is flagged, then one every spacing: the steps that i-PI writes, every tenth, are among them
-    options = ("run", "cuau-water", "--label", "test:lj", "--force-error", "0.02", "--set", "flag.spacing=20", "--steps", "1000000")
-    for least in (110, 160):  # i-PI keeps its state every 100 steps
+    # every fifth step is flagged, and i-PI writes every tenth
+    options = ("run", "cuau-water", "--label", "test:lj", "--force-error", "0.02", "--set", "flag.spacing=5", "--steps", "1000000")
+    least = 110  # i-PI keeps its state every 100 steps
+    for _ in range(2):
         program = start(*options)
-        program.steps(least, TIMEOUT)
+        program.until(lambda status: status["state"] == "running" and status["steps"] >= least, f"{least} steps", TIMEOUT)  # noqa: B023
         assert program.stop() == 0, program.output
+        least = program.status()["steps"] + 50
     potentials = {int(row[0]): float(row[4]) for row in table(program)}
     with Store(program.run_dir / FILE, read_only=True) as store:
         held = provenance.conversations(store)
