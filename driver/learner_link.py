@@ -73,11 +73,13 @@ class LearnerLink:
         self._unsent.append((message, [frame.numbers, frame.positions, frame.cell, forces]))  # type: ignore[list-item]
         self.send_candidates()
 
-    def alarm(self, alarm: bus.Alarm) -> None:
-        """A version has to go: said until something else is to serve."""
+    def alarm(self, alarm: bus.Alarm) -> bool:
+        """A version has to go: said until something else is to serve. Return whether it was not said before."""
+        new = self._alarm is None or alarm.version != self._alarm.version
         self._alarm = alarm
         self.stirred = True
         self._socket.send(alarm, to=bus.LEARNER)
+        return new
 
     def report(self) -> None:
         """Send what the learner may have missed, and what waits; to be called a few times a second."""

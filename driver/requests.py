@@ -212,9 +212,9 @@ class Requests:
         self._learner.journal.served(session.name, call, mix, session.swap_work, seen.worst.sure.score)
         wanted = session.ramp.ramp.to_version if session.ramp.ramp else session.ramp.serving
         for outcome in others:
-            if (alarm := self._alarms.failed(wanted, self.frames, outcome.job.problem)) is not None:
+            alarm = self._alarms.failed(wanted, self.frames, outcome.job.problem)
+            if alarm is not None and self._learner.alarm(alarm):
                 self._reporter.log("error", "alarm", version=alarm.version, reason=alarm.reason)
-                self._learner.alarm(alarm)
 
     def _extras(self, outcome: Outcome, sure: Certainty, work: float, mark: str) -> bytes:
         mix = Mix(*outcome.job.mix)

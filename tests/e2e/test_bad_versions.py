@@ -109,11 +109,11 @@ class PlayedLearner:
 
     def heard(self) -> bus.NowServing | None:
         """What the gateway says to that, if it has said something."""
-        received = self._endpoint.receive()
-        if received is None:
-            return None
-        assert isinstance(received[1], bus.NowServing)
-        return received[1]
+        while (received := self._endpoint.receive()) is not None:
+            if isinstance(received[1], bus.NowServing):
+                return received[1]
+            assert isinstance(received[1], (bus.Journal, bus.Alarm))
+        return None
 
     def close(self) -> None:
         self._endpoint.close()
