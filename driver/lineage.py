@@ -189,13 +189,16 @@ class Lineage:
             self._log("warning", "update refused", reason=proposal.reason, **proposal.metrics)
             self._store.add_event("update refused", reason=proposal.reason, **proposal.metrics)
             return
+        made_by = self._store.label_ids(self._method, Role.TRAIN)
+        if made_by == self._store.version_labels(self.number):
+            return  # the label that came was set aside
         number = self._next_number()
         layer = LastLayer(proposal.readout, proposal.covariance, {"parent": self.number, **proposal.metrics})
         state = self.potential.state(proposal.readout)
         file = versions.write(self._run_dir, number, state, layer, self.potential.metadata, self._origin)
         labels, metrics = self.learner.n_labels, proposal.metrics
         version = StoredVersion(number, file.hash, self.number, file.path, "accepted", labels, metrics, network=self._network)
-        self._store.add_version(version, self._store.label_ids(self._method, Role.TRAIN))
+        self._store.add_version(version, made_by)
         self.learner.serve(proposal.readout, proposal.covariance)
         self._publish(number, file.path)
         ms = round(1000 * (process.monotonic() - started), 1)

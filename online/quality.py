@@ -28,6 +28,7 @@ _MISSED = 0.6  # of the size of a label's forces: below it a label is believed h
 _QUIET_FORCE = 0.3  # eV/Å; where all forces are small, their size means little
 _FORCE_SPREAD = (0.2, 0.3)  # bounds of the scale of log(error / predicted error)
 _ENERGY_SPREAD = 0.15  # eV per sqrt(atom), the least scale of energy errors
+_REACH = 0.5  # Å: forces that are off by so much over this way make energies of atoms that are off, too, and the label need not be wrong
 _MAD = 1.4826  # from a median absolute deviation to a standard deviation, for normal errors
 
 Refit = Callable[[Sequence[Labelled]], Fit]
@@ -131,7 +132,7 @@ def _judged(one: Labelled, error: LeftOut, others: Sequence[tuple[Labelled, Left
     energies = np.array([_energy(other, theirs) for other, theirs in others])[_alike(one, [other for other, _ in others])]
     energies = energies[np.isfinite(energies)]
     if len(energies) >= LEAST:
-        sigmas, usual = _sigmas(_energy(one, error), energies, _ENERGY_SPREAD)
+        sigmas, usual = _sigmas(_energy(one, error), energies, max(_ENERGY_SPREAD, _REACH * error.force))
         if abs(sigmas) > SIGMAS:
             off = (_energy(one, error) - usual) * math.sqrt(one.composition.sum())
             said = f"an energy that is {off:+.2f} eV off from what {len(energies)} other labels of this composition say"

@@ -13,7 +13,7 @@ import pytest
 from tumbaga.driver.backends import registry
 from tumbaga.online import last_layer, quality
 from tumbaga.online.labelled import Labelled, labelled
-from tumbaga.online.last_layer import Fit
+from tumbaga.online.last_layer import Fit, LeftOut
 from tumbaga.online.ports import Trainable
 from tumbaga.online.quality import Bounds, Doubt
 from tumbaga.online.records import Array, Frame, Label
@@ -179,6 +179,16 @@ def test_a_potential_that_knows_nothing_sets_nothing_aside(
     labels = [_forces(one, rng.standard_normal(one.forces_label.shape)) for one in levels[LEVELS[0]][:14]]
 
     assert quality.doubtful(labels, [], refit(labels), refit) is None
+
+
+@pytest.mark.parametrize(("force", "wrong"), [(0.1, True), (1.5, False)])
+def test_an_energy_is_only_wrong_where_the_forces_are_known(levels: dict[str, list[Labelled]], force: float, wrong: bool) -> None:
+    """8 eV beside forces that were foretold is a wrong label; beside forces that nobody could foretell it is a new place, and the label is true."""
+    one, *others = levels[LEVELS[0]][:12]
+    known = [(other, LeftOut(0.1, 0.1, 0.1 * (-1) ** place)) for place, other in enumerate(others)]
+    found = quality._judged(one, LeftOut(force, force, 8.0), known)
+
+    assert [doubt.check for _, _, doubt in found] == ["energy"] * wrong
 
 
 WATER = Frame(np.array([8, 1, 1]), np.array([[0.0, 0, 0], [0.76, 0.59, 0], [-0.76, 0.59, 0]]))
