@@ -139,12 +139,15 @@ def test_no_label_is_lost_or_done_twice_by_kills(
     assert unfinished.total() <= 1
     assert starts - ends == Counter([again, third]) + unfinished
     assert starts[survivor] == 1
-    labels = store(program).labels()
-    assert Counter(label.frame.key for label in labels) == ends
-    assert status["labels"]["converged"] == len(ends)
+    # one that ended in the very moment of the stop lies in the spool until the next start
+    stored = Counter(label.frame.key for label in store(program).labels())
+    left = ends - stored
+    assert left.total() <= 1
+    assert stored == ends - left
+    assert status["labels"]["converged"] == stored.total()
     assert status["labels"]["failed"] == 0
     assert status["labels"]["running"] == 0
-    assert status["restarts"] == {"gateway": 0, "evaluator-0": 0, "learner": 1, "label-0": 1}
+    assert status["restarts"] == {"gateway": 0, "evaluator-0": 0, "learner": 1, "label-0": 1, "trainer": 0}
     assert status["errors"] == []
     assert program.left_behind() == []
 
@@ -153,6 +156,8 @@ def test_no_label_is_lost_or_done_twice_by_kills(
     program.until(lambda status: status["state"] == "running", "the next run")  # its last label may have ended in the last one
     for cut in unfinished:
         journal.ended(cut)
+    kept = lambda: {label.frame.key for label in store(program).labels()}  # noqa: E731
+    until(lambda: set(left) <= kept(), 60.0, "what lay in the spool to be stored")
     assert program.stop() == 0
     assert set(journal.count("end").values()) == {1}
 
