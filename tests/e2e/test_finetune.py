@@ -11,6 +11,7 @@ import pytest
 
 from tumbaga.driver.testing import Program, until
 from tumbaga.online import versions
+from tumbaga.online.errors import StoreError
 from tumbaga.online.store import FILE, Store, StoredVersion
 
 pytest.importorskip("tblite", reason="labels of another level of theory: install the extra xtb")
@@ -21,10 +22,11 @@ FEW = ("--labels", "6", "--set", "flag.spacing=10", "--set", "learn.finetune_eve
 
 def tuned(run_dir: Path) -> list[StoredVersion]:
     """Fine-tunes in the store so far."""
-    if not (run_dir / FILE).exists():
+    try:
+        with Store(run_dir / FILE, read_only=True) as store:
+            return [version for version in store.versions() if version.kind == "fine-tune"]
+    except StoreError:  # the run has only begun
         return []
-    with Store(run_dir / FILE, read_only=True) as store:
-        return [version for version in store.versions() if version.kind == "fine-tune"]
 
 
 def epochs(run_dir: Path) -> list[int]:
