@@ -14,7 +14,7 @@ MACE   := .venv-mace
 CHGNET := .venv-chgnet
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test fast lint sevennet mace chgnet help clean
+.PHONY: demo test fast drills lint sevennet mace chgnet help clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +30,9 @@ test: lint  ## install, then lint, types, import contracts and all tests
 
 fast: $(VENV)/installed-dev  ## the tests that take seconds
 	$(BIN)/pytest -q -m "not slow"
+
+drills: $(VENV)/installed-dev  ## the tests that are left out of `make test`: faults again and again (ten minutes)
+	$(BIN)/pytest -q -m drill
 
 lint: $(VENV)/installed-dev  ## lint, types, import contracts
 	@echo "== lint"

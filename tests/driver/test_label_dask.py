@@ -29,7 +29,7 @@ from tumbaga.online.store import FILE, Store
 pytest.importorskip("distributed")
 from tumbaga.driver.label_dask import DaskPool
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(600)]
 TIMEOUT = 180.0  # a cluster starts seven processes with many imports
 FRAMES = [Frame(np.array([29, 79]), np.array([[0.0, 0.0, 0.0], [0.0, 0.1, 2.5 + 0.1 * index]])) for index in range(4)]
 EMT = "ase:ase.calculators.emt:EMT"

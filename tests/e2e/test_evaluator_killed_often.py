@@ -155,6 +155,7 @@ def killing(times: int) -> Callable[[Program, Progress], None]:
     return disturb
 
 
+@pytest.mark.drill
 def test_four_trajectories_are_those_they_would_have_been(
     tmp_path: Path, start: Callable[..., Program], socket_name: Callable[[], str]
 ) -> None:

@@ -76,6 +76,7 @@ def test_a_fine_tune_serves_and_goes_on_serving_after_a_restart(
     assert again.status()["evaluated_again"] == 0
 
 
+@pytest.mark.drill
 def test_a_trainer_that_is_killed_again_and_again_makes_one_version(start: Callable[..., Program]) -> None:
     """It goes on from its checkpoint: each epoch once in the log, one version in the store, and no force call is late for it."""
     program = start(*RUN, *FEW, "--set", "learn.finetune_steps=300")
@@ -94,6 +95,7 @@ def test_a_trainer_that_is_killed_again_and_again_makes_one_version(start: Calla
     assert not (program.run_dir / "finetune" / "000001" / "checkpoint.pt").exists()
 
 
+@pytest.mark.drill
 def test_a_learner_that_is_killed_while_a_fine_tune_comes_takes_it_once(start: Callable[..., Program]) -> None:
     """The result waits on disk for whoever takes it."""
     program = start(*RUN, *FEW, "--set", "learn.finetune_steps=60")

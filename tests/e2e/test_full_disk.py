@@ -103,6 +103,7 @@ def drill(folder: str, name: str) -> None:
     print(len(kept), SENTENCE in logged or "there is room" in logged)
 
 
+@pytest.mark.drill
 def test_a_full_disk_stops_nothing(tmp_path: Path, socket_name: object) -> None:
     """Forces are served while the disk is full, the status says so, no process dies, and no label is lost or computed twice."""
     if subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False).returncode:

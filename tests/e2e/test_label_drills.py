@@ -54,6 +54,7 @@ def label(atoms, folder):
 """
 
 
+@pytest.mark.drill
 def test_no_label_is_lost_or_done_twice_by_faults(tmp_path: Path, start: Callable[..., Program], socket_name: Callable[[], str]) -> None:
     """Workers killed at random, a label that hangs and one that eats memory: every other label is computed once and stored once, the two are
     failures with their reasons, tried once, and the engine is served all the while."""

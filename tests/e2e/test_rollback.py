@@ -98,6 +98,7 @@ class Walker:
             self._engine.close()
 
 
+@pytest.mark.drill
 @pytest.mark.timeout(600)  # many commands, each with a start of its own
 def test_every_force_is_traced_and_a_version_is_gone_back_to(
     tmp_path: Path, start: Callable[..., Program], socket_name: Callable[[], str]

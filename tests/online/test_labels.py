@@ -129,6 +129,7 @@ def test_gate(numbers: tuple[int, int], distance: float, refused: bool) -> None:
     assert (geometry_gate.problem(frame) is not None) is refused
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_copper_gold_water_costs_half_a_minute() -> None:
     """CuAu(H2O)2 converges on the first rung with the effective core of gold, in 30 s of one quiet core."""

@@ -75,6 +75,7 @@ def test_dispersion_is_added_and_told(kind: str, energy: float) -> None:
     assert corrected.details["versions"][kind] == package
 
 
+@pytest.mark.slow
 @needs_dispersion
 @pytest.mark.parametrize("kind", ["d3bj", "d4"])
 def test_forces_of_dispersion_are_slopes(kind: str) -> None:
@@ -173,6 +174,7 @@ BOX = np.diag([4.0, 4.0, 4.5])
 HYDROGEN = Frame(np.array([1, 1]), np.array([[0.1, 0.2, 0.3], [0.1, 0.5, 1.0]]), BOX, True)
 
 
+@pytest.mark.slow
 def test_forces_of_cells_are_slopes() -> None:
     """Hydrogen in a box, closed shell and doublet, along a direction in which all atoms move, within 2 meV/Å."""
     engine = PySCFLabeller(basis="gth-dzvp", kpts="1x1x1", ke_cutoff=120.0)
