@@ -1,6 +1,6 @@
 # Two commands set everything up on a machine with Python >= 3.11 and make:
 #   make demo    environment, installation, the main job
-#   make test    environment, installation, all tests
+#   make test    environment, installation, all tests but those of `make drills`
 # Both can be repeated; the environment (.venv) is made once.
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ demo: $(VENV)/installed  ## install, then an i-PI run of a Cu-Au/water cluster t
 	@echo "== tumbaga run cuau-water"
 	$(BIN)/tumbaga run cuau-water
 
-test: lint  ## install, then lint, types, import contracts and all tests
+test: lint  ## install, then lint, types, import contracts and all tests but the drills
 	@echo "== tests"
 	$(BIN)/pytest -q
 

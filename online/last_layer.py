@@ -56,8 +56,7 @@ class Settings:
         noise_factors: candidates for the noise variance relative to the above; leave-one-label-out error chooses.
         first_factor: what is used before that.
         choose_from: how many labels it takes before that error chooses.
-        anchor_weight: of an anchor's force row relative to a label's. With pairs pressed together this one kept 45 % of every wall and more
-            where 48 labels without anchors had turned one into a hole, for a tenth more error (embedded potential, GFN2 to GFN1-xTB).
+        anchor_weight: of an anchor's force row relative to a label's; enough to keep walls, and little where labels have something to say.
         trust_floor: change of force that is always allowed, eV/Å.
         trust_ratio: allowed change of force relative to the largest label residual.
         halvings: how often a step may be halved before it is refused.
