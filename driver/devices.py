@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,8 @@ from typing import Final
 from tumbaga.driver.config import Config
 
 AUTO: Final = "auto"
+THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables with which libraries are told how many threads to compute with."""
 _DRIVERS: Final = (Path("/dev/nvidiactl"), Path("/dev/kfd"))  # torch would tell for sure, and takes seconds to import
 _MOST: Final = 8  # copies of a potential that are made without being asked for
 
@@ -17,6 +20,17 @@ _MOST: Final = 8  # copies of a potential that are made without being asked for
 def has_gpu() -> bool:
     """Whether this machine seems to have a GPU that its user has not hidden."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and any(path.exists() for path in _DRIVERS)
+
+
+def forkable(device: str, gpu: bool) -> bool:
+    """Whether evaluators of a device may share what they have loaded: on a CPU, with one thread each, where the system can do that.
+
+    Args:
+        device: as `chosen` says.
+        gpu: whether there is one.
+    """
+    single = all(os.environ.get(name, "1") == "1" for name in THREADS)
+    return sys.platform == "linux" and single and (device == "cpu" or (device == AUTO and not gpu))
 
 
 def chosen(settings: Config, cores: int, gpu: bool) -> tuple[str, ...]:

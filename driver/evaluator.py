@@ -26,6 +26,7 @@ from tumbaga.socket_protocol import bus
 from tumbaga.socket_protocol.link import Line
 
 _IDLE_S = 1.0
+_SLOW_S, _KEPT_S = 0.1, 10.0  # what a batch takes that memory of its own would hardly make longer, and how often it gets that
 _RETRY_S = 0.05  # between two attempts to reach a gateway that is being started
 
 
@@ -42,6 +43,8 @@ class Evaluator:
     def __init__(self, slot: Slot, line: Line, name: str, lpr_scale: float | None) -> None:
         self._slot, self._line, self._name, self._lpr_scale = slot, line, name, lpr_scale
         self._seen = 0
+        self._kept = False  # whether memory is kept for the next batch
+        self._given_back = process.monotonic()
 
     def announce(self) -> None:
         """Tell the gateway that we are here."""
@@ -53,9 +56,19 @@ class Evaluator:
         for message, buffers in self._line.receive():
             if isinstance(message, bus.Evaluate):
                 self._seen = message.batch
-                self._line.send(*self._evaluate(message, buffers))
+                told, arrays = self._evaluate(message, buffers)
+                self._line.send(told, arrays)
+                self._kept = True
+                if told.seconds > _SLOW_S and process.monotonic() - self._given_back > _KEPT_S:
+                    self.rest()
             elif isinstance(message, bus.Load):
                 self._line.send(self._load(message))
+
+    def rest(self) -> None:
+        """Give back the memory that is kept for the next batch."""
+        if self._kept:
+            process.give_back_memory()
+            self._kept, self._given_back = False, process.monotonic()
 
     def _load(self, message: bus.Load) -> bus.Loaded:
         try:
@@ -124,17 +137,24 @@ def warm_up(slot: Slot, template: Frame | None) -> float | None:
     return sigma / score if np.isfinite(score) and score > 0.0 else None
 
 
-def main(run_dir: Path, lifeline: process.Lifeline) -> None:
-    """Load the potential, say so, answer batches until told to leave."""
+def loaded(run_dir: Path, device: str) -> Slot:
+    """Load the potential of a run.
+
+    Raises:
+        DriverError: it cannot be, or cannot do what the run asks of it.
+    """
+    settings = configs.load(run_dir)
+    model, dtype = settings.potential.model, settings.potential.dtype
+    slot = Slot(registry.load(model, device, dtype), lambda path: registry.of_version(model, path, device, dtype))
+    if settings.serve.committee:
+        slot.need_committee(settings.serve.committee)
+    return slot
+
+
+def serve(slot: Slot, name: str, run_dir: Path, lifeline: process.Lifeline) -> None:
+    """Say that we are there, and answer batches until told to leave."""
     process.keep_memory()
-    name, device = sys.argv[2:4]
     settings = configs.load(run_dir).potential
-    slot = Slot(
-        registry.load(settings.model, device, settings.dtype),
-        lambda path: registry.of_version(settings.model, path, device, settings.dtype),
-    )
-    if members := configs.load(run_dir).serve.committee:
-        slot.need_committee(members)
     template = structures.read_frame(settings.template) if settings.template else None
     lpr_scale = warm_up(slot, template)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -153,7 +173,14 @@ def main(run_dir: Path, lifeline: process.Lifeline) -> None:
         if line.fileno() in readable:
             evaluator.turn()
         elif not readable:
+            evaluator.rest()
             evaluator.announce()
+
+
+def main(run_dir: Path, lifeline: process.Lifeline) -> None:
+    """Load the potential and serve it."""
+    name, device = sys.argv[2:4]
+    serve(loaded(run_dir, device), name, run_dir, lifeline)
 
 
 if __name__ == "__main__":

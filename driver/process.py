@@ -6,6 +6,7 @@ the pipe ends and the child leaves: nothing is ever left behind.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn, Self
 
 import structlog
 import zmq
@@ -93,6 +94,34 @@ class Lifeline:
         return self._read_end
 
 
+class Signals:
+    """Wakes a poller when a signal comes, that a child has ended among others. Holds until the end of a with-block, in the main thread."""
+
+    def __enter__(self) -> Self:
+        self._read_end, self._write_end = os.pipe()
+        for end in (self._read_end, self._write_end):
+            os.set_blocking(end, False)
+        # without a handler of Python's the signal would be ignored
+        self._handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._before)
+        signal.signal(signal.SIGCHLD, self._handler)
+        os.close(self._read_end)
+        os.close(self._write_end)
+
+    def fileno(self) -> int:
+        """Readable once a signal has come."""
+        return self._read_end
+
+    def clear(self) -> None:
+        """What came was seen."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read_end, 4096)
+
+
 def log_to_file(run_dir: Path, process: str) -> structlog.stdlib.BoundLogger:
     """Open the JSON-lines log of a process that may touch the disk."""
     folder = run_dir / LOGS
@@ -138,10 +167,15 @@ def run(process: str, body: Callable[[Path, Lifeline], None]) -> None:
     """
     run_dir = Path(sys.argv[1]).resolve()
     os.chdir(run_dir)
-    code = 0
     lifeline = Lifeline()
+    leave(process, lambda: body(run_dir, lifeline))
+
+
+def leave(process: str, body: Callable[[], None]) -> NoReturn:
+    """Do the last that this process is to do, and end it with the exit code that `run` has."""
+    code = 0
     try:
-        body(run_dir, lifeline)
+        body()
     except (DriverError, OnlineError) as error:
         print(f"{process}: {error}", file=sys.stderr)  # noqa: T201 - the supervisor reads it
         code = EXIT_USER
@@ -177,3 +211,10 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def give_back_memory() -> None:
+    """Have the allocator give what it keeps and nobody uses back to the system, whatever `keep_memory` said. Elsewhere than in glibc nothing."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

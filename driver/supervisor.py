@@ -1,7 +1,7 @@
 """The supervisor: starts, watches and restarts the processes of a run, keeps its status file and logs, and stops everything in order.
 
-Order of starting: 1 gateway, 2 evaluator, 3 learner, 4 label workers, 5 engine. Order of stopping: engine, label workers, learner,
-evaluator, gateway: whoever may still send something goes before whoever receives it.
+Order of starting: 1 gateway, 2 evaluators (before them what they are forked from), 3 learner, 4 label workers, 5 engine. Order of stopping:
+engine, label workers, learner, evaluators, gateway: whoever may still send something goes before whoever receives it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import zmq
 
 from tumbaga.driver import config as configs
 from tumbaga.driver import devices, process
-from tumbaga.driver.children import Child
+from tumbaga.driver.children import Child, Zygote, reap
 from tumbaga.driver.engines import FOLDER, STARTED, Engine
 from tumbaga.driver.errors import ConfigError, DriverError
 from tumbaga.driver.gateway import TEMPLATE
@@ -75,15 +75,16 @@ class Supervisor:
         self._inbox = bus.Endpoint(context, zmq.PULL, bus.SUPERVISOR, bind=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._asked_to_stop)
-        try:
-            for child in self._children:
-                child.start()
-            self._loop()
-            self._drain()
-        finally:
-            self._stop()
-            self._inbox.close()
-            context.term()
+        with process.Signals() as self._signals:
+            try:
+                for child in self._children:
+                    child.start()
+                self._loop()
+                self._drain()
+            finally:
+                self._stop()
+                self._inbox.close()
+                context.term()
         return self.status()
 
     def _prepare(self) -> None:
@@ -114,6 +115,7 @@ class Supervisor:
 
     def _faults(self) -> bool:
         """Look after all children; True if the run cannot go on. It can without a learner, a label worker or one of several evaluators."""
+        reap({child.pid for child in self._children} | ({self._engine_process.pid} if self._engine_process is not None else set()))
         for child in self._children:
             fault = self._watch(child)
             if not fault:
@@ -245,7 +247,11 @@ class Supervisor:
     # -- reports ---------------------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        self._inbox.socket.poll(_TICK_MS)
+        poller = zmq.Poller()
+        poller.register(self._inbox.socket, zmq.POLLIN)
+        poller.register(self._signals, zmq.POLLIN)  # a child has died, most often
+        poller.poll(_TICK_MS)
+        self._signals.clear()
         while True:
             try:
                 received = self._inbox.receive()
@@ -342,9 +348,13 @@ def _children(path: Path, settings: configs.Config) -> list[Child]:
     made = [
         Child("gateway", "tumbaga.driver.gateway", path, process.monotonic),
     ]
-    for index, device in enumerate(devices.of_run(settings)):
-        name = f"evaluator-{index}"
-        made.append(Child(name, "tumbaga.driver.evaluator", path, process.monotonic, (name, device)))
+    evaluators, gpu = devices.of_run(settings), devices.has_gpu()
+    zygote = Zygote(path, process.monotonic) if any(devices.forkable(device, gpu) for device in evaluators) else None
+    if zygote is not None:
+        made.append(zygote)
+    for index, device in enumerate(evaluators):
+        name, parent = f"evaluator-{index}", zygote if devices.forkable(device, gpu) else None
+        made.append(Child(name, "tumbaga.driver.evaluator", path, process.monotonic, (name, device), parent))
     if settings.learn.enabled:
         made.append(Child("learner", "tumbaga.driver.learner_process", path, process.monotonic))
         # a cluster is the business of one process, however many labels it has under way there

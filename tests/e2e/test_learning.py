@@ -147,7 +147,7 @@ def test_no_label_is_lost_or_done_twice_by_kills(
     assert status["labels"]["converged"] == stored.total()
     assert status["labels"]["failed"] == 0
     assert status["labels"]["running"] == 0
-    assert status["restarts"] == {"gateway": 0, "evaluator-0": 0, "learner": 1, "label-0": 1, "trainer": 0}
+    assert status["restarts"] == {"gateway": 0, "zygote": 0, "evaluator-0": 0, "learner": 1, "label-0": 1, "trainer": 0}
     assert status["errors"] == []
     assert program.left_behind() == []
 

@@ -92,7 +92,7 @@ def test_a_killed_supervisor_takes_everything_along(engine: str, start: Callable
     first = begin(start, "--engine", engine)
     first.steps(150)
     pids = {name: pid for name, pid in first.status()["pids"].items() if pid}
-    assert set(pids) == {"gateway", "evaluator-0", "engine"}
+    assert set(pids) == {"gateway", "zygote", "evaluator-0", "engine"}
     first.process.kill()
     first.process.wait()
     until(lambda: not list(processes_in(first.run_dir)), 10.0, "all processes to leave")
