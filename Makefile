@@ -28,7 +28,7 @@ test: lint  ## install, then lint, types, import contracts and all tests but the
 	@echo "== tests"
 	$(BIN)/pytest -q
 
-fast: $(VENV)/installed-dev  ## the tests that take seconds
+fast: $(VENV)/installed-dev  ## the quick ones of the tests (three minutes)
 	$(BIN)/pytest -q -m "not slow"
 
 drills: $(VENV)/installed-dev  ## the tests that are left out of `make test`: faults again and again (ten minutes)
@@ -73,19 +73,19 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(GUEST)/installed: $(VENV)/installed
 	@echo "== environment in $(GUEST)"
 	$(BIN)/python benchmarks/embedded.py --setup
-	$(GUEST)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt -e '.[sevennet]' pytest pytest-timeout psutil
+	$(GUEST)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt -e '.[sevennet]' pytest pytest-timeout pytest-xdist psutil
 	@touch $@
 
 $(MACE)/installed: $(BIN)/python pyproject.toml constraints-mace.txt
 	@echo "== environment in $(MACE)"
 	$(BIN)/python -m venv $(MACE)
-	$(MACE)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints-mace.txt -e '.[mace]' pytest pytest-timeout psutil
+	$(MACE)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints-mace.txt -e '.[mace]' pytest pytest-timeout pytest-xdist psutil
 	@touch $@
 
 $(CHGNET)/installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "== environment in $(CHGNET)"
 	$(BIN)/python -m venv $(CHGNET)
-	$(CHGNET)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt -e '.[chgnet]' pytest pytest-timeout psutil
+	$(CHGNET)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt -e '.[chgnet]' pytest pytest-timeout pytest-xdist psutil
 	@touch $@
 
 clean:  ## remove the environments and everything built

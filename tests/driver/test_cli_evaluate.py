@@ -253,6 +253,7 @@ def test_help_teaches(tumbaga: Tumbaga) -> None:
         assert word in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it(tmp_path: Path) -> None:
     """Interrupted while it reads, the command says so in one line, and leaves no file."""
     os.mkfifo(tmp_path / "endless.extxyz")

@@ -330,6 +330,7 @@ def test_a_worker_with_a_method_that_cannot_be_used_leaves(bench: Bench) -> None
     assert bench.results() == []
 
 
+@pytest.mark.slow
 def test_a_label_that_hangs_is_killed(elsewhere: Elsewhere) -> None:
     """At its time limit, with the limit in the reason; it is not tried again, and the pool goes on."""
     pool = elsewhere.pool("test:hang?on=1", time_limit=1.5)

@@ -361,6 +361,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(tumbaga: Tumbaga, 
     assert load("painn:new.safetensors").spec.elements == (1, 8)
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_training_is_not_overwritten(tumbaga: Tumbaga, folder: Path) -> None:
     """A second command into the same folder is refused without --resume, and with --resume if its data or settings are others."""
     transfer(tumbaga, "--no-compare")

@@ -67,6 +67,7 @@ def check_ase(calculator: SocketIOCalculator, seeds: range, faults: list[str]) -
         faults.append(repr(error))
 
 
+@pytest.mark.slow
 def test_several_engines_at_once_get_the_forces_of_the_potential(start: Callable[..., Program], socket_name: Callable[[], str]) -> None:
     """ASE over unix and tcp and minimal engines in both dialects, all connected at once, some there before the server, some after."""
     first, second, port, other_port = socket_name(), socket_name(), free_port(), free_port()

@@ -329,6 +329,7 @@ class _Said:
 # ---------------------------------------------------------------- replay
 
 
+@pytest.mark.slow
 def test_a_candidate_that_knows_one_frame_alone_fails_replay(potential: PaiNN, evidence: Evidence, tmp_path: Path) -> None:
     """Trained hard on a single label that contradicts the original, without replay: right there, wrong everywhere else."""
     taught = evidence.labels[0]
@@ -425,7 +426,7 @@ def noise(frame: Frame, one: Prediction) -> Prediction:
         (well(8, 1, at=0.75, depth=6.0, width=0.12), "broke"),  # a hole that a vibration reaches
         (scaled(-1.0), "broke"),  # everything flies apart or together
         pytest.param(lambda frame, one: replace(one, forces=one.forces * 60.0), "broke", marks=pytest.mark.slow),  # too stiff for any step
-        (noise, "the temperature is"),
+        pytest.param(noise, "the temperature is", marks=pytest.mark.slow),
         pytest.param(scaled(1.2), "energy drifts by", marks=pytest.mark.slow),
     ],
     ids=["hole", "sign", "stiff", "noise", "leak"],

@@ -56,6 +56,7 @@ def write_for_ever(path: Path, first: int, say: Connection) -> None:
         say.send(seed)
 
 
+@pytest.mark.slow
 def test_many_kills_lose_nothing(tmp_path: Path) -> None:
     """Invariant 4: after 40 kills at any instant all that was acknowledged is there, whole, and the file is sound each time."""
     path, rng = tmp_path / FILE, np.random.default_rng(5)
