@@ -131,6 +131,8 @@ class Learn(_Section, frozen=True):
             optimisers ask for. Going back from a bad version, and a label that an engine waits for, do not wait for that.
         ramp_steps: force calls over which a session moves to a new version.
         ramp_pause: force calls between the end of a ramp and the start of the next.
+        canary_calls: with several engines, force calls that a new version must answer one of them alone until the others move to it; 0 for all at
+            once. Going back from a bad version, and a label that an engine waits for, do not wait for that.
         finetune_every: new training labels after which all weights are trained in the background; 0 for never.
         finetune_steps: of each such training; 0 for 1000, or 150 of a foundation model.
         finetune_frozen: groups of parameters that stay as they are then, such as "embedding" or "interactions.0" (see docs/transfer.md).
@@ -144,6 +146,7 @@ class Learn(_Section, frozen=True):
     swap: Literal["ramp", "between"] = "ramp"
     ramp_steps: int = 200
     ramp_pause: int = 500
+    canary_calls: int = 100
     finetune_every: int = 8
     finetune_steps: int = 0
     finetune_frozen: tuple[str, ...] = ()
@@ -213,6 +216,7 @@ class Config(_Section, frozen=True):
             ("label.attempts", self.label.attempts, 1),
             ("learn.ramp_steps", self.learn.ramp_steps, 1),
             ("learn.ramp_pause", self.learn.ramp_pause, 0),
+            ("learn.canary_calls", self.learn.canary_calls, 0),
             ("learn.finetune_every", self.learn.finetune_every, 0),
             ("learn.finetune_steps", self.learn.finetune_steps, 0),
             ("learn.converged_calls", self.learn.converged_calls, 1),

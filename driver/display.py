@@ -188,6 +188,8 @@ def status_text(run_dir: Path, status: dict[str, Any]) -> str:
     lines += [f"  budget         {note}" for note in status.get("notes", [])]
     lines += _errors(status["force_rmse"])
     lines += [f"  learning       {said}" for said in (*_fine_tune(status), *_end(status))]
+    if canary := status.get("canary"):
+        lines.append(f"  learning       version {canary['version']} is tried in {canary['session']} before the others have it")
     lines += [f"  session        {s['name']}: {s['state']}, {s['forces']} forces" for s in status["sessions"]]
     lines += [f"  ! {error}" for error in status["errors"]]
     return "\n".join(lines)

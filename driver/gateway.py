@@ -21,7 +21,7 @@ from tumbaga.driver.journal import Journal
 from tumbaga.driver.learner_link import LearnerLink
 from tumbaga.driver.pool import Pool
 from tumbaga.driver.requests import Requests, told_at
-from tumbaga.driver.rollout import Rollout, read_serving
+from tumbaga.driver.rollout import Rollout, read_serving, shown
 from tumbaga.driver.session import Asked, Ended, More, Patience, Result, Session
 from tumbaga.driver.species import Species
 from tumbaga.online import guards
@@ -64,7 +64,7 @@ class Gateway:
         self._learner = LearnerLink(context, process.monotonic, Journal(settings.flag.force_error))
         serve = settings.serve
         self._pool = Pool(self._evaluators, process.monotonic, serve.committee, serve.window_ms / 1000.0)
-        self._rollout = Rollout(settings.learn, self._pool, serving, self._learner.tell)
+        self._rollout = Rollout(settings.learn, self._pool, serving, self._learner.tell, reporter.log)
         self.sessions = {session.name: session for session in self._made(templates)}
         self._rollout.sessions = self.sessions.values()
         self._errors: deque[str] = deque(maxlen=20)
@@ -146,6 +146,7 @@ class Gateway:
                 self._dial_if_due(session, now)
         self._learner.report()
         self._requests.look_after_stalls(now)
+        self._rollout.look(now)
         self._report()
 
     def _watch(self, session: Session) -> None:
@@ -298,8 +299,7 @@ class Gateway:
             self._pool.loaded(sender, message)
             if message.error:
                 self._note(f"version {message.version} was refused: {message.error}")
-            if self._rollout.loaded(message):
-                self._reporter.log("info", "swap", version=message.version)
+            self._rollout.loaded(message)
             self._requests.settle()
 
     # -- learning --------------------------------------------------------------------------------------------------------------------
@@ -310,8 +310,8 @@ class Gateway:
                 self._errors.append(message)
             elif isinstance(message, bus.Settled):
                 self._requests.settled(message)
-            elif self._rollout.wanted(message):
-                self._reporter.log("info", "swap", version=message.version)
+            else:
+                self._rollout.wanted(message)
         self._requests.settle()
 
     # -- report ----------------------------------------------------------------------------------------------------------------------
@@ -334,6 +334,7 @@ class Gateway:
             call_ms=requests.times.summary(),
             uncertainty={"last": requests.score_last, "max": requests.score_max},
             serving_version=self._rollout.serving,
+            canary=shown(self._rollout.canary),
             evaluator_restarts=self._pool.restarts,
             busy={str(pid): seconds for pid, seconds in self._pool.busy_since().items()},
             answered=self._pool.answered,

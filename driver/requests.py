@@ -252,14 +252,15 @@ class Requests:
             if not stall.waits or stall.version is None or self._rollout.awaited(stall.version):
                 continue
             session, tried = self._sessions[stall.session], {outcome.job.mix[1] for outcome in stall.outcomes}
-            if self._rollout.serving in tried:
+            newest = self._rollout.newest
+            if newest in tried:
                 self.stalls.end(stall, Waited.IN_VAIN)
                 self._answer_as_it_is(stall, "its label has come and did not change what serves")
                 continue
             self.stalls.end(stall, Waited.LEARNT)
             old = session.ramp.serving
-            session.ramp = self._rollout.fresh_ramp()
-            mix = Mix(old, self._rollout.serving, 1.0)  # at once: a ramp would begin with what was not to be served
+            session.ramp = self._rollout.fresh_ramp(newest)
+            mix = Mix(old, newest, 1.0)  # at once: a ramp would begin with what was not to be served
             for index, outcome in enumerate(stall.outcomes):
                 self._outcomes[session.name][index] = None
                 self._pool.add(Job(session.name, session.ticket, outcome.job.frame, mix, index=index, group=outcome.job.group))

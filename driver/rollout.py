@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from tumbaga.driver import config as configs
+from tumbaga.driver.canary import Canary, running
 from tumbaga.driver.pool import Pool
 from tumbaga.driver.session import Session
 from tumbaga.online import versions
@@ -22,12 +24,27 @@ class Rollout:
         pool: of evaluators.
         serving: the version to start with and its path; version 0 needs none.
         tell: called with what the learner must hear.
+        log: takes a level, an event and its JSON-compatible details.
+
+    Attributes:
+        sessions: all of the run.
+        serving: number of the version that all sessions move to.
+        canary: the session that tries the next one, if one does.
+        swaps: how often all sessions began to move to another version.
     """
 
-    def __init__(self, learn: configs.Learn, pool: Pool, serving: bus.Serve, tell: Callable[[bus.NowServing], None]) -> None:
-        self._learn, self._pool, self._tell = learn, pool, tell
+    def __init__(
+        self,
+        learn: configs.Learn,
+        pool: Pool,
+        serving: bus.Serve,
+        tell: Callable[[bus.NowServing], None],
+        log: Callable[..., object],
+    ) -> None:
+        self._learn, self._pool, self._tell, self._log = learn, pool, tell, log
         self.sessions: Iterable[Session] = ()
-        self.serving = serving.version  # what sessions move to
+        self.serving = serving.version
+        self.canary: Canary | None = None
         self._target = serving  # what the learner wants served
         if serving.path:
             pool.require(serving.version, serving.path, {0, serving.version})
@@ -57,36 +74,74 @@ class Rollout:
         if self._learn.swap == "between" and session.ramp.serving != self.serving:
             session.ramp = self.fresh_ramp()
 
-    def wanted(self, message: bus.Serve) -> bool:
-        """The learner says what should serve; return whether that serves from now on."""
+    def wanted(self, message: bus.Serve) -> None:
+        """The learner says what should serve."""
         if message.lpr_scale is not None:
             self._scales[message.version] = (message.lpr_scale, message.quantile)
         if message.version == self._target.version:
-            return False
+            return
         self._target = message
         self._hashes[message.version] = hash_of(message)
         if message.version and not self._pool.holds(message.version):
             self._pool.require(message.version, message.path, self._in_use() | {message.version})
-            return False
-        self._publish(message)
-        return True
+        self._begin()
+
+    @property
+    def newest(self) -> int:
+        """Number of the version that the learner wants, as soon as it can be served; until then of the one that serves."""
+        return self._target.version if self._held else self.serving
+
+    @property
+    def _held(self) -> bool:
+        return not self._target.version or self._pool.holds(self._target.version)
 
     def awaited(self, version: int) -> bool:
         """Whether a version is still to come: the learner wants it, and not every evaluator holds it."""
-        return version == self._target.version and version != self.serving
+        return version == self._target.version and not self._held
 
-    def loaded(self, message: bus.Loaded) -> bool:
-        """An evaluator has answered to a Load; return whether that version serves from now on."""
+    def loaded(self, message: bus.Loaded) -> None:
+        """An evaluator has answered to a Load."""
         if message.error:
             self._withdraw(message.version)
             self._tell(bus.NowServing(message.version, message.error))
-        elif message.version == self._target.version and message.version != self.serving and self._pool.holds(message.version):
-            self._publish(self._target)
-            return True
-        return False
+        elif message.version == self._target.version:
+            self._begin()
+
+    def look(self, now: float) -> None:
+        """Look after the session that tries a version; to be called a few times a second.
+
+        Args:
+            now: s, monotonic.
+        """
+        canary = self.canary
+        if canary is None:
+            return
+        if canary.proven(self.sessions, self._learn.canary_calls):
+            self.canary = None
+            self._publish(canary.target)
+            self._begin()
+        elif (group := canary.replaced(self.sessions, now)) is not None:
+            self._log("info", "canary", version=canary.target.version, session=group)
+            canary.move(self.sessions, group, now)
+
+    def _begin(self) -> None:
+        """Have sessions move to what the learner wants, if it can be served: one of several first, and the others when that went well."""
+        target = self._target
+        if not self._held or (target.version == self.serving and self.canary is None):
+            return
+        several = len(running(self.sessions)) > 1
+        if target.hurry or not several or not self._learn.canary_calls or self._learn.swap != "ramp":
+            self.canary = None
+            self._publish(target)
+        elif self.canary is None:
+            self.canary = Canary(target, self.sessions)
+            self._log("info", "canary", version=target.version, session=self.canary.group)
+            self._tell(bus.NowServing(target.version))
 
     def _withdraw(self, version: int) -> None:
         """A version cannot be served (any more, if an evaluator was restarted): sessions that use it go back to what they came from."""
+        if self.canary is not None and self.canary.target.version == version:
+            self.canary = None
         for session in self.sessions:
             ramp = session.ramp
             if version in (ramp.serving, ramp.waiting) or (ramp.ramp and version in (ramp.ramp.from_version, ramp.ramp.to_version)):
@@ -99,6 +154,7 @@ class Rollout:
         version, state = target.version, self.fresh_ramp(target.version)
         self.serving = version
         self.swaps += 1
+        self._log("info", "swap", version=version)
         for session in self.sessions:
             if target.hurry:
                 session.good = tuple(good for good in session.good if good <= version)  # what was gone back from is no resort any more
@@ -111,13 +167,18 @@ class Rollout:
         self._tell(bus.NowServing(version))
 
     def _in_use(self) -> set[int]:
-        used = {0, self._target.version}
+        used = {0, self._target.version, self.serving} | ({self.canary.target.version} if self.canary else set())
         for session in self.sessions:
             ramp = session.ramp
             used |= {*session.good, ramp.serving, ramp.waiting or 0} | (
                 {ramp.ramp.from_version, ramp.ramp.to_version} if ramp.ramp else set()
             )
         return used
+
+
+def shown(canary: Canary | None) -> dict[str, Any] | None:
+    """For `status`: which session tries which version."""
+    return None if canary is None else {"version": canary.target.version, "session": canary.group}
 
 
 def hash_of(serve: bus.Serve) -> str:

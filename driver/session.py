@@ -119,6 +119,7 @@ class Session:
         self.memory = Memory()
         self.geometry = QUIET  # what was found in the frames under way
         self.good: tuple[int, ...] = ()  # the last two versions that have answered alone, the later one behind
+        self._alone = 0  # calls that the later one has answered
         self._chatter, self._chatter_since = 0, 0.0
         self._partial_since = self._unread_since = 0.0
         self._sent = 0  # bytes, when the clock of unread answers was set
@@ -276,6 +277,12 @@ class Session:
         """A version has answered alone, and its answer was fit to be served."""
         if not self.good or self.good[-1] != version:
             self.good = (*self.good[-1:], version)
+            self._alone = 0
+        self._alone += 1
+
+    def alone(self, version: int) -> int:
+        """How many calls a version has answered alone since another one last did."""
+        return self._alone if self.good[-1:] == (version,) else 0
 
     def last_good(self, but: int) -> int:
         """The last version other than `but` that is known to do well here; the base where there is none."""

@@ -304,6 +304,7 @@ class Supervisor:
             "steps": gateway.get("steps", 0),
             "sessions": gateway.get("sessions", []),
             "serving_version": gateway.get("serving_version", 0),
+            "canary": gateway.get("canary"),
             "versions": learner.get("versions", 1),
             "labels": learner.get("labels", {"pending": 0, "running": 0, "converged": 0, "failed": 0, "quarantined": 0}),
             "notes": learner.get("notes", []),

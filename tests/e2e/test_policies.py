@@ -154,8 +154,8 @@ def test_nobody_waits_for_a_label_that_will_not_come(served: Callable[..., Progr
             marks = [told(engine.forces(places(step)))["policy"] for step in range(40)]
             assert marks[0] == "unsettled"
             assert set(marks) == {"unsettled", "continue"}
-            status = program.until(lambda status: status["stalls"]["all"] >= 2, "the second wait")
-            assert status["stalls"]["in_vain"] == status["stalls"]["all"]
+            ended = "every wait to be in vain, and be told of"
+            status = program.until(lambda status: 2 <= status["stalls"]["all"] == status["stalls"]["in_vain"], ended)
             said = " ".join(status["errors"])
             assert "the label failed" in said
             assert "the budget is spent" in said

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,18 @@ pytestmark = pytest.mark.slow
 TEMPLATE = Path(structures.__file__).parent / "data" / "cuau-water.xyz"
 MODEL = "painn:cuau-water"
 TIMEOUT = 120.0
+CANARY_CALLS = 30
+STATES = ("served", "served", "accepted")
 
 
-def settle(tmp_path: Path, name: str, **label: Any) -> Path:
+def settle(tmp_path: Path, *names: str, **label: Any) -> Path:
     """Make a run directory with settings: short ramps, and labels wanted all the time."""
     settings = configs.Config(
-        serve=configs.Serve(connect=(f"unix:{name}",)),
+        serve=configs.Serve(connect=tuple(f"unix:{name}" for name in names)),
         potential=configs.Potential(MODEL, str(TEMPLATE)),
         flag=configs.Flag(force_error=0.02, spacing=5),
         label=configs.Label(method="test:lj", **label),
-        learn=configs.Learn(ramp_steps=15, ramp_pause=10, finetune_every=0),
+        learn=configs.Learn(ramp_steps=15, ramp_pause=10, canary_calls=CANARY_CALLS, finetune_every=0),
     )
     run = tmp_path / "run"
     run.mkdir()
@@ -221,30 +223,40 @@ def written(run: Path, potential: PaiNN, number: int, readout: Array) -> Version
     return versions.write(run, number, potential.state(readout), layer, potential.metadata)
 
 
+def add(store: Store, file: VersionFile, state: str) -> None:
+    store.add_version(StoredVersion(file.number, file.hash, file.number - 1 if file.number else None, file.path, state, 0, {}))
+
+
+def with_next(run: Path, potential: PaiNN, readout: Array, states: Sequence[str] = STATES) -> list[VersionFile]:
+    """Have version 1 serve and version 2, with a readout, come next; the store knows as many as there are states."""
+    own = potential.readout()
+    readouts = [own, own + 0.01 * np.random.default_rng(1).standard_normal(own.size), readout]
+    files = [written(run, potential, number, readout) for number, readout in enumerate(readouts)]
+    with Store(run / FILE) as store:
+        for file, state in zip(files, states, strict=False):
+            add(store, file, state)
+    serving = {"version": 1, "path": files[1].path, "lpr_scale": None, "quantile": 2.0}
+    (run / versions.FOLDER / versions.SERVING).write_text(json.dumps(serving))
+    return files
+
+
+def withdrawn(run: Path) -> bool:
+    with Store(run / FILE, read_only=True) as read:
+        return read.versions()[2].state == "withdrawn"
+
+
 def test_a_poisoned_version_is_withdrawn_by_itself(
     tmp_path: Path, start: Callable[..., Program], socket_name: Callable[[], str], potential: PaiNN
 ) -> None:
     """A version that the gate let pass and whose forces are beyond the guards: no such number leaves, and the version before serves again."""
     name = socket_name()
     run = settle(tmp_path, name, budget=0)
-    own = potential.readout()
-    readouts = [own, own + 0.01 * np.random.default_rng(1).standard_normal(own.size), 1e6 * own]
-    files = [written(run, potential, number, readout) for number, readout in enumerate(readouts)]
-    with Store(run / FILE) as store:
-        for file, state in zip(files, ("served", "served", "accepted"), strict=True):
-            store.add_version(StoredVersion(file.number, file.hash, file.number - 1 if file.number else None, file.path, state, 0, {}))
-    serving = {"version": 1, "path": files[1].path, "lpr_scale": None, "quantile": 2.0}
-    (run / versions.FOLDER / versions.SERVING).write_text(json.dumps(serving))
+    files = with_next(run, potential, 1e6 * potential.readout())
 
     with listen(Address.unix(name)) as listener, contextlib.closing(Walker(listener)) as walker:
         program = start("serve", "--quiet")
         walker.connect()
-
-        def withdrawn() -> bool:
-            with Store(run / FILE, read_only=True) as read:
-                return read.versions()[2].state == "withdrawn"
-
-        walker.until(withdrawn, "the poisoned version to be withdrawn")
+        walker.until(lambda: withdrawn(run), "the poisoned version to be withdrawn")
         walker.until(lambda: program.status()["serving_version"] == 1, "the one before to serve again")
         walker.calls(60)
         assert {told["version"] for told in walker.told[-40:]} == {f"1-{files[1].hash[:8]}"}
@@ -261,3 +273,54 @@ def test_a_poisoned_version_is_withdrawn_by_itself(
             assert (traced["version"], pytest.approx(traced["weight"])) == (told["version"], told["ramp"]), number
     assert (event["before"], event["after"], event["by"]) == (2, 1, "alarm")
     assert "not fit to be served" in event["reason"]
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["good", "poisoned"])
+def test_of_two_engines_one_tries_a_version_first(
+    bad: bool, tmp_path: Path, start: Callable[..., Program], socket_name: Callable[[], str], potential: PaiNN
+) -> None:
+    """The other has a good version when the first was served by it for a while, and never sees anything of a poisoned one."""
+    names = [socket_name(), socket_name()]
+    run = settle(tmp_path, *names, budget=0)
+    own = potential.readout()
+    files = with_next(
+        run, potential, 1e6 * own if bad else own + 0.01 * np.random.default_rng(2).standard_normal(own.size), states=STATES[:2]
+    )
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(listen(Address.unix(name))) for name in names]
+        first, other = (stack.enter_context(contextlib.closing(Walker(listener))) for listener in listeners)
+        program = start("serve", "--quiet")
+        for walker in (first, other):
+            walker.connect()
+            walker.calls(5)
+        first.calls(5)  # it is the livelier one
+        program.until(lambda status: status["sessions"][0]["forces"] == 10, "the calls to be counted")
+        with Store(run / FILE) as store:
+            add(store, files[2], STATES[2])
+        program.kill("learner")  # the next one finds the version and wants it
+
+        def tried() -> bool:
+            return first.version == 2 and first.alone
+
+        if bad:
+            first.until(lambda: other.calls(1) or withdrawn(run), "the version to be withdrawn")
+        else:
+            first.until(tried, "the version to be tried")
+            other.calls(20)
+            first.until(lambda: program.status()["serving_version"] == 2, "the version to be for all")
+        other.calls(40)
+        program.until(lambda status: status["sessions"][1]["forces"] >= 45, "the calls to be counted")
+    assert program.stop() == 0, program.output
+    seen = [told["version"].partition("-")[0] for told in other.told]
+    assert seen[:25] == ["1"] * 25
+    assert set(seen[-20:]) == {"1" if bad else "2"}
+    assert all(told["ramp"] == 1.0 for told in other.told) == bad
+    if bad:
+        log = [json.loads(line) for line in (run / "log" / "gateway.jsonl").read_text().splitlines()]
+        assert {line["session"] for line in log if line["event"] == "evaluated again"} == {program.status()["sessions"][0]["name"]}
+    else:
+        alone = [told for told in first.told if told["version"].startswith("2-") and told["ramp"] == 1.0]
+        assert len(alone) >= CANARY_CALLS
+    with Store(run / FILE, read_only=True) as read:
+        assert read.versions()[2].state == ("withdrawn" if bad else "served")
+    assert max(first.largest, other.largest) < MAX_FORCE
