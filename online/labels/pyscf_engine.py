@@ -21,6 +21,7 @@ from tumbaga.online.records import Array, Frame, Label
 FITTING = "def2-universal-jfit"
 LOW = "low"
 _SODIUM, _RUBIDIUM = 11, 37  # the first elements with an effective core: of the lanl sets, of the def2 ones
+_GRADIENT = 0.1  # of the root of conv_tol: to which the gradient of the energy by orbitals is brought
 _SAME = 1e-7  # Hartree: two SCFs nearer than this are the same solution
 _CHECK = (Rung(ATOM, 40),)
 
@@ -33,7 +34,7 @@ class PySCFLabeller:
         xc: functional, as PySCF names it.
         basis: orbital basis.
         grid: PySCF's integration grid level.
-        conv_tol: SCF convergence, Hartree.
+        conv_tol: SCF convergence, Hartree; a tenth of its root is that of the gradient by orbitals.
         max_memory: MB, advisory to PySCF.
         charge: of the whole cluster, e.
         max_cycle: upper limit of the cycles of every rung; None leaves the ladder's own.
@@ -180,7 +181,9 @@ class PySCFLabeller:
         else:
             made = (dft.UKS if molecule.spin else dft.RKS)(molecule, xc=self.xc).density_fit(auxbasis=FITTING)
             made.grids.level = self.grid
-        made.conv_tol, made.chkfile = self.conv_tol, None
+        # forces are of first order in the error of the density: by PySCF's own measure two paths to one state differ by some meV/Å
+        made.conv_tol, made.conv_tol_grad = self.conv_tol, _GRADIENT * self.conv_tol**0.5
+        made.chkfile = None
         made._chkfile.close()  # PySCF opens it before it can be told not to: nothing to leave behind when the worker is killed
         return made
 
