@@ -18,7 +18,7 @@ from tumbaga.driver.finetuning import Order
 from tumbaga.online import versions
 from tumbaga.online.errors import TrainingStoppedError
 from tumbaga.online.ports import Potential
-from tumbaga.online.records import Frame, Label, Reason, Role
+from tumbaga.online.records import Frame, Label, LabelledFrame, Reason, Role
 from tumbaga.online.store import FILE, Store, StoredVersion
 from tumbaga.online.versions import LastLayer
 
@@ -165,3 +165,15 @@ def test_a_back_end_without_a_training_half_says_so(made: Make, monkeypatch: pyt
     monkeypatch.setattr(registry, "of_version", lambda *given: Half(load(*given)))
     with pytest.raises(Exception, match=r"set learn\.finetune_every to 0"):
         trainer.carry_out(run_dir, replace(order), SETTINGS, quiet, lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("off", "weight"),
+    [([0.0] * 4, 0.1), ([0.1] * 4, 0.1), ([0.2] * 4, 0.025), ([0.3] * 4, 0.0), ([0.05, 0.05, 9.0], 0.1), ([0.3, 0.3, 0.0], 0.0)],
+)
+def test_what_is_wrong_is_not_kept(off: list[float], weight: float, base: PaiNN) -> None:
+    """Replay counts by how right it is on most labels, and not at all where it is mostly wrong."""
+    frames = [frame(k) for k in range(len(off))]
+    said = base.predict(frames)
+    labels = [LabelledFrame(one, Label(p.energy, p.forces + e, METHOD, 0.1)) for one, p, e in zip(frames, said, off, strict=True)]
+    assert trainer.replay_weight(base, labels) == pytest.approx(weight)
