@@ -96,7 +96,7 @@ class Learner:
         self._models: dict[int, ForceRows] = {}
         self._fresh: list[int] = []  # frames with training labels that what serves does not know
         self._sources: dict[Labelled, StoredLabel] = {}
-        self._anchors: tuple[set[int], Array] = (set(), np.zeros((0, self._base.size)))
+        self._anchors: dict[frozenset[int], Array] = {frozenset(): np.zeros((0, self._base.size))}
         self._recent: deque[_Seen] = deque(maxlen=_RECENT)
         self.sets: dict[Role, list[Labelled]] = {role: [] for role in Role}
         self.scale = ScoreScale()
@@ -205,7 +205,9 @@ class Learner:
         if admission.role is None:
             self._models.pop(frame_id, None)
             return False
-        return self._store.enqueue(frame_id, reason, admission.role, exact_score)
+        accepted = self._store.enqueue(frame_id, reason, admission.role, exact_score)
+        self._anchored(list(frame.numbers))  # now, while its label is computed: the update that follows is waited for
+        return accepted
 
     def _drop(self, frame_id: int, note: str) -> None:
         self._store.drop(frame_id, note)
@@ -348,12 +350,12 @@ class Learner:
     def _fit(self, labels: Sequence[Labelled]) -> last_layer.Fit:
         return last_layer.fit(labels, self._base, self._settings, mean_h2=self._mean_h2, anchors=self._anchored())
 
-    def _anchored(self) -> Array:
-        """Rows of pressed pairs of the elements that have labels; computed when one is new."""
-        elements = {int(z) for stored in self._sources.values() for z in stored.frame.numbers}
-        if elements != self._anchors[0]:
-            self._anchors = (elements, pair_rows(self._potential, elements))
-        return self._anchors[1]
+    def _anchored(self, more: Sequence[int] = ()) -> Array:
+        """Rows of pressed pairs of the elements that have labels, and of more; computed when one is new."""
+        elements = frozenset({int(z) for stored in self._sources.values() for z in stored.frame.numbers} | {int(z) for z in more})
+        if elements not in self._anchors:
+            self._anchors[elements] = pair_rows(self._potential, elements)
+        return self._anchors[elements]
 
     def _set_aside(self, one: Labelled, doubt: quality.Doubt) -> None:
         stored = self._sources[one]
