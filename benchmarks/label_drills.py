@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -56,6 +56,8 @@ FACTOR, FLOOR_MS = 2.0, 5.0
 ROOM_MIB = 1024
 _FULL_S = 5.0
 _PATIENCE_S = 180.0
+UNHELD = 1e-4  # eV/Å, which no potential holds: there is always a frame to be labelled
+WITHOUT = configs.Learn(finetune_every=0)
 STRUCTURE = Path(structures.__file__).parent / "data" / "cuau-water.xyz"
 REASONS = {
     HANG: f"took longer than label.time_limit = {TIME_LIMIT_S:g} s",
@@ -85,9 +87,11 @@ class Run:
     Args:
         folder: an empty one.
         seed: of the instants of the kills.
+        learn: settings of learning; by default without fine-tunes, which would be measured with the drills.
+        target: the force error to hold, eV/Å.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, learn: configs.Learn = WITHOUT, target: float = UNHELD) -> None:
         self.folder, self.run_dir, self._random = folder, folder / "disk" / "run", random.Random(seed)
         self.journal, self.orders = folder / "journal", folder / "orders"
         self.orders.mkdir()
@@ -101,9 +105,9 @@ class Run:
         settings = configs.Config(
             serve=configs.Serve(connect=(str(where),), prefix=""),
             potential=configs.Potential(template=str(STRUCTURE)),
-            flag=configs.Flag(force_error=1e-4, spacing=5),  # which no potential holds: there is always a frame to be labelled
+            flag=configs.Flag(force_error=target, spacing=5),
             label=label,
-            learn=configs.Learn(finetune_every=0),  # it would be measured with the drills
+            learn=learn,
         )
         (self.run_dir / configs.FILE).write_text(configs.dumps(settings))
         self._where = where
@@ -147,9 +151,9 @@ class Run:
         dead = self.program.kill(name)
         self.wait(lambda: self.program.status()["pids"][name] not in (None, dead), f"{name} to be started again")
 
-    def some_victim(self) -> str:
+    def some_victim(self, names: Sequence[str] = ("label-0", "labelling")) -> str:
         """Who is killed next."""
-        return self._random.choice(("label-0", "labelling"))
+        return self._random.choice(names)
 
     def order(self, fault: str) -> None:
         """Have the next label go wrong, and wait until that is recorded."""

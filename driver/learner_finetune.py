@@ -50,7 +50,9 @@ class FineTunes:
         self._every = settings.learn.finetune_every if can else 0
         last = finetuning.newest(run_dir)
         self._last = last
-        self._open = last if last is not None and not self._taken(last) else None
+        self._open = last
+        if last is not None and self._taken(last):
+            self._done(last)  # once more, if an earlier process was killed before it could
 
     def order(self, parent: int, path: str, method: str) -> Order | None:
         """Order a fine-tune if one is due and none is under way.
@@ -98,9 +100,8 @@ class FineTunes:
     def recorded(self, version: StoredVersion, result: Result) -> None:
         """Note in the store what came of an order: the version with its labels, and what the gate said of it."""
         metrics = {**version.metrics, **(result.metrics or {}), _NUMBER: result.order.number}
-        self._store.add_version(StoredVersion(**{**vars(version), "metrics": metrics, "kind": FINE_TUNE}), result.order.train)
-        for check in result.checks:
-            self._store.add_gate(Gate(version.number, check.name, check.passed, check.reason, check.numbers))
+        gates = [Gate(version.number, check.name, check.passed, check.reason, check.numbers) for check in result.checks]
+        self._store.add_version(StoredVersion(**{**vars(version), "metrics": metrics, "kind": FINE_TUNE}), result.order.train, gates)
         self._done(result.order)
 
     def _done(self, order: Order) -> None:

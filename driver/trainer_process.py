@@ -36,6 +36,7 @@ class Trainer:
     def __init__(self, run_dir: Path, settings: configs.Config, reporter: process.Reporter, lifeline: process.Lifeline) -> None:
         self._run_dir, self._settings, self._reporter, self._lifeline = run_dir, settings, reporter, lifeline
         self._due = 0.0
+        self._answered: dict[str, int] = {}
 
     def turn(self) -> None:
         """Carry out the order that waits, if there is one."""
@@ -78,9 +79,11 @@ class Trainer:
             return Result(order, False, f"no candidate: {type(error).__name__}: {error}")
 
     def _observe(self, told: dict[str, Any]) -> None:
+        if "epoch" in told:
+            self._answered = {"trainer": os.getpid()}  # whoever dies after that was no failed start
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + _REPORT_S
-            self._reporter.state(pid=os.getpid(), **told)
+            self._reporter.state(pid=os.getpid(), answered=self._answered, **told)
 
 
 def main(run_dir: Path, lifeline: process.Lifeline) -> None:

@@ -121,12 +121,13 @@ class Taught(NamedTuple):
 class Versions(Database):
     """The part of the store that keeps versions and what became of them."""
 
-    def add_version(self, version: StoredVersion, made_by: Iterable[int] = ()) -> None:
-        """Record a version, whatever its state; numbers are never used twice.
+    def add_version(self, version: StoredVersion, made_by: Iterable[int] = (), gates: Iterable[Gate] = ()) -> None:
+        """Record a version with all that it came from, or nothing of it; numbers are never used twice.
 
         Args:
-            version: the version.
+            version: the version, whatever its state.
             made_by: ids of the labels that it was fitted to.
+            gates: what checks said of it.
         """
         kind = version.kind or ("base" if version.parent is None else "last-layer")
         with self._write():
@@ -147,6 +148,10 @@ class Versions(Database):
                 ),
             )
             self._db.executemany("INSERT INTO version_labels VALUES (?, ?)", [(version.number, label) for label in made_by])
+            self._db.executemany(
+                "INSERT INTO gates (version, check_name, passed, reason, numbers, created) VALUES (?, ?, ?, ?, ?, ?)",
+                [(version.number, one.check, one.passed, one.reason, json.dumps(dict(one.numbers)), self._clock()) for one in gates],
+            )
 
     def set_version_state(self, number: int, state: str) -> None:
         """Note what became of a version; see `StoredVersion.state`."""
@@ -175,14 +180,6 @@ class Versions(Database):
         return [Taught(label, frame, method, created, bool(imported)) for label, frame, method, created, imported in rows]
 
     # -- gate, ramps, audits ---------------------------------------------------------------------------------------------------------
-
-    def add_gate(self, gate: Gate) -> None:
-        """Record what a check said of a version, which must be in the store."""
-        with self._write():
-            self._db.execute(
-                "INSERT INTO gates (version, check_name, passed, reason, numbers, created) VALUES (?, ?, ?, ?, ?, ?)",
-                (gate.version, gate.check, gate.passed, gate.reason, json.dumps(dict(gate.numbers)), self._clock()),
-            )
 
     def gates(self, version: int) -> list[Gate]:
         """What all checks said of a version, in their order."""

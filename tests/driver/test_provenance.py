@@ -205,8 +205,8 @@ def test_a_trace_leads_back_to_version_0(bench: Bench) -> None:
     taught, audited = labels
     assert taught is not None
     assert audited is not None
-    store.add_version(StoredVersion(1, "ab" * 32, 0, "versions/1", "served", 1, {}), [taught.id])
-    store.add_gate(Gate(1, "replay", True, "all was well", {"rmse": 0.1}))
+    gate = Gate(1, "replay", True, "all was well", {"rmse": 0.1})
+    store.add_version(StoredVersion(1, "ab" * 32, 0, "versions/1", "served", 1, {}), [taught.id], [gate])
     store.add_audit(Audit(audited.frame_id, audited.id, 1, 0.1, 0.17, 1.0, 0.2))
 
     told = provenance.trace(store, *find(store, 20))

@@ -81,17 +81,24 @@ def test_who_may_serve(store: Store, state: str, serves: bool) -> None:
 def test_what_the_gate_said(store: Store) -> None:
     """Results stand in their order, of their version, with numbers and reason; there are none of a version that nobody knows."""
     store.add_version(version(0, None))
-    store.add_version(version(1, 0, "candidate"))
     told = [Gate(1, "audits", True, "0.08 eV/Å on 12 labels", {"rmse": 0.08}), Gate(1, "short range", False, "repels too little at 0.7 Å")]
-    for gate in told:
-        store.add_gate(gate)
+    store.add_version(version(1, 0, "candidate"), gates=told)
 
     assert store.gates(0) == []
     assert [(one.check, one.passed, one.reason, one.numbers, one.created) for one in store.gates(1)] == [
         (one.check, one.passed, one.reason, one.numbers, 1000.0) for one in told
     ]
+
+
+def test_a_version_is_kept_with_all_that_it_came_from_or_not_at_all(store: Store) -> None:
+    """A label that is not there, or a check that cannot be written: no version either."""
+    store.add_version(version(0, None))
     with pytest.raises(sqlite3.IntegrityError):
-        store.add_gate(Gate(7, "audits", True))
+        store.add_version(version(1, 0), [12345], [Gate(1, "audits", True)])
+    with pytest.raises(TypeError):
+        store.add_version(version(1, 0), gates=[Gate(1, "audits", True, "", {"rmse": object()})])
+    assert [one.number for one in store.versions()] == [0]
+    assert store.gates(1) == store.version_labels(1) == []
 
 
 def test_which_version_served_which_steps(store: Store) -> None:
