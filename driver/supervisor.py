@@ -377,6 +377,7 @@ def check(settings: configs.Config) -> None:
     from tumbaga.driver.client_labels import ClientLabeller, make_labeller
     from tumbaga.driver.slot import Slot
     from tumbaga.online.errors import OnlineError
+    from tumbaga.online.labels.pyscf_engine import PySCFLabeller
     from tumbaga.socket_protocol.errors import TransportError
     from tumbaga.socket_protocol.streams import Address
 
@@ -385,19 +386,17 @@ def check(settings: configs.Config) -> None:
         # a toy: cheap to load here, while weights are left to the evaluator, which asks the same
         Slot(registry.load(settings.potential.model)).need_committee(settings.serve.committee)
     templates = [read_frame(file) for file in (settings.potential.template, *settings.serve.templates.values()) if file]
-    if any(frame.periodic for frame in templates) and settings.learn.enabled and settings.label.method == "pyscf":
-        raise ConfigError(
-            "label.method", "pyscf labels isolated clusters only, and the template is periodic; use ase:MODULE:CLASS or --no-learn"
-        )
     try:
         for text in settings.serve.connect:
             Address.parse(text, settings.serve.prefix)
         if settings.learn.enabled:
             _check_cluster(settings.label)
             labeller = make_labeller(settings.label.method, **settings.label.options)
-            if isinstance(labeller, ClientLabeller):
-                for frame in templates:
+            for frame in templates:
+                if isinstance(labeller, ClientLabeller):
                     labeller.check(frame)
+                elif isinstance(labeller, PySCFLabeller) and (mismatch := labeller.mismatch(frame)):
+                    raise ConfigError("label.method", f"{mismatch}; or use ase:MODULE:CLASS, or --no-learn")
     except (OnlineError, TransportError) as error:
         raise DriverError(str(error)) from error
 

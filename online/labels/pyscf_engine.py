@@ -112,12 +112,8 @@ class PySCFLabeller:
                 or do not add up to zero.
         """
         started = time.perf_counter()
-        if frame.periodic != bool(self.kpts):
-            raise LabelFailedError(
-                f"kpts = {self.kpts} is for periodic frames; this one is an isolated cluster"
-                if self.kpts
-                else "these PySCF labels are for isolated clusters only, and this frame is periodic; kpts=1x1x1 and a gth basis label cells"
-            )
+        if mismatch := self.mismatch(frame):
+            raise LabelFailedError(mismatch)
         reason = geometry_gate.problem(frame)
         if reason is not None:
             raise LabelFailedError(f"the geometry is refused before any DFT: {reason}")
@@ -140,6 +136,14 @@ class PySCFLabeller:
     def _first_core(self) -> int:
         """The first element with an effective core."""
         return _SODIUM if self.ecp or self.basis.lower().startswith("lanl") else _RUBIDIUM
+
+    def mismatch(self, frame: Frame) -> str:
+        """Why frames of this kind are never labelled, a sentence; empty if they are."""
+        if frame.periodic == bool(self.kpts):
+            return ""
+        if self.kpts:
+            return f"kpts = {self.kpts} is for periodic frames; this one is an isolated cluster"
+        return "these PySCF labels are for isolated clusters only, and this frame is periodic; kpts=1x1x1 and a gth basis label cells"
 
     def _molecule(self, frame: Frame) -> Any:
         from pyscf import gto

@@ -127,11 +127,19 @@ def test_a_template_that_is_none_is_one_sentence(tumbaga: Tumbaga, tmp_path: Pat
     assert name in sentence(tumbaga, "serve", "-m", "toy:lj", "-t", name, "-u", "-a", "x", "--no-learn")
 
 
-def test_pyscf_is_not_asked_about_crystals(tumbaga: Tumbaga, tmp_path: Path) -> None:
-    """A periodic template with PySCF labels is refused before anything starts."""
+@pytest.mark.parametrize("method", ["pyscf", "pyscf?grid=1"])
+def test_pyscf_is_not_asked_about_crystals(tumbaga: Tumbaga, tmp_path: Path, method: str) -> None:
+    """A periodic template with PySCF labels of clusters is refused before anything starts."""
     write(tmp_path / "cu.xyz", bulk("Cu"))
 
-    assert "isolated clusters only" in sentence(tumbaga, "serve", "-m", "toy:lj", "-t", "cu.xyz", "-u")
+    assert "isolated clusters only" in sentence(tumbaga, "serve", "-m", "toy:lj", "-t", "cu.xyz", "-u", "--label", method)
+
+
+def test_pyscf_for_crystals_is_not_asked_about_clusters(tumbaga: Tumbaga, water: str) -> None:
+    """The other way round."""
+    method = "pyscf?kpts=1x1x1&basis=gth-szv-molopt-sr"
+
+    assert "this one is an isolated cluster" in sentence(tumbaga, "serve", "-m", "toy:lj", "-t", water, "-u", "--label", method)
 
 
 def test_a_run_directory_in_use_is_left_alone(tumbaga: Tumbaga, tmp_path: Path, water: str) -> None:
