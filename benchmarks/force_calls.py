@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,10 @@ def serves(log: Path) -> list[float]:
     """Milliseconds from the end of a label until sessions began to move to the version that was made of it, for each such version."""
     ended = [when(line) for line in lines(log / "label-0.jsonl") if line["event"] == "label ended"]
     swapped = {line["version"]: when(line) for line in reversed(lines(log / "gateway.jsonl")) if line["event"] == "swap"}
-    found = []
-    for update in (line for line in lines(log / "learner.jsonl") if line["event"] == "update" and line["version"] in swapped):
+    found, told = [], lines(log / "learner.jsonl")
+    # after a fine-tune the readout is fitted to labels that came while it was trained: these were served before
+    updates = [line for before, line in pairwise(told) if line["event"] == "update" and not before["event"].startswith("fine-tune")]
+    for update in (line for line in updates if line["version"] in swapped):
         begun = when(update) - update["ms"] / 1000.0
         if before := [label for label in ended if label <= begun]:
             found.append(1000.0 * (swapped[update["version"]] - before[-1]))
