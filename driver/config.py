@@ -101,6 +101,8 @@ class Label(_Section, frozen=True):
         time_limit: seconds after which a label is killed and recorded as failed.
         memory_gb: 10⁹ bytes of memory at which a label is killed and recorded as failed; 0 for no limit.
         attempts: how often a label is tried again when its worker dies.
+        repeat_every: one of so many frames is labelled twice, the second time turned or shifted, which shows the noise of the method; 0 for
+            none. Both count in time_limit and core_hours. Not for labels by programs that connect.
     """
 
     method: str = "pyscf"
@@ -115,6 +117,7 @@ class Label(_Section, frozen=True):
     time_limit: float = 1800.0
     memory_gb: float = 0.0
     attempts: int = 2
+    repeat_every: int = 0
 
     @property
     def cluster(self) -> str:
@@ -214,6 +217,7 @@ class Config(_Section, frozen=True):
             ("label.max_force", self.label.max_force, 0),
             ("label.net_force", self.label.net_force, 0),
             ("label.attempts", self.label.attempts, 1),
+            ("label.repeat_every", self.label.repeat_every, 0),
             ("learn.ramp_steps", self.learn.ramp_steps, 1),
             ("learn.ramp_pause", self.learn.ramp_pause, 0),
             ("learn.canary_calls", self.learn.canary_calls, 0),

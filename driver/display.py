@@ -185,6 +185,7 @@ def status_text(run_dir: Path, status: dict[str, Any]) -> str:
         f"  restarts       {', '.join(f'{name} {count}' for name, count in restarts.items() if count) or 'none'}",
     ]
     lines += _quarantine(run_dir, status)
+    lines += _noise(run_dir)
     lines += [f"  budget         {note}" for note in status.get("notes", [])]
     lines += _errors(status["force_rmse"])
     lines += [f"  learning       {said}" for said in (*_fine_tune(status), *_end(status))]
@@ -193,6 +194,22 @@ def status_text(run_dir: Path, status: dict[str, Any]) -> str:
     lines += [f"  session        {s['name']}: {s['state']}, {s['forces']} forces" for s in status["sessions"]]
     lines += [f"  ! {error}" for error in status["errors"]]
     return "\n".join(lines)
+
+
+def _noise(run_dir: Path) -> list[str]:
+    """What labels that were computed twice differ by."""
+    try:
+        with Store(run_dir / FILE, read_only=True) as store:
+            noise = store.noise()
+    except StoreError:
+        return []
+    if noise is None:
+        return []
+    failed = f"; of {noise.failures} the second one failed" if noise.failures else ""
+    if not noise.labels:
+        return [f"  label noise    {failed.removeprefix('; ')}"]
+    forces = f"forces differ by {1000 * noise.force_rmse:.1f} meV/Å, {1000 * noise.force_max:.1f} at most"
+    return [f"  label noise    {noise.labels} computed twice: {forces}; energies by {1000 * noise.energy_max:.2f} meV at most{failed}"]
 
 
 def _quarantine(run_dir: Path, status: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ import numpy as np
 
 from tumbaga.online.errors import LabelFailedError, OnlineError
 from tumbaga.online.labels.factory import make_labeller
+from tumbaga.online.labels.repeating import Repeating
 from tumbaga.online.ports import Labeller
 from tumbaga.online.records import Frame, Label
 
@@ -45,6 +46,7 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
     cores: tuple[int, ...]  # that it may use; empty for all
     idle_s: float
     keep: str = ""
+    repeat_every: int = 0  # frames of which one is labelled twice; see `Repeating`
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -198,12 +200,10 @@ def _answer(labeller: Labeller, message: bytes) -> bytes:
         return failed(f"{type(error).__name__}: {error}")
 
 
-def _prepared(labeller: Labeller) -> str:
+def _prepared(labeller: Repeating) -> str:
     """Have a labeller that can do so import what it needs; return what is wrong with it, for every frame, or nothing."""
-    prepare = getattr(labeller, "prepare", None)
     try:
-        if prepare is not None:
-            prepare()
+        labeller.prepare()
     except LabelFailedError as error:
         return f"cannot be used: {error}"[:_MOST_TEXT]
     return ""
@@ -232,7 +232,7 @@ def main() -> None:
 
 
 def _work(setup: Setup, messages: queue.SimpleQueue[bytes], answers: IO[bytes]) -> None:
-    labeller = make_labeller(setup.method, **setup.options)
+    labeller = Repeating(make_labeller(setup.method, **setup.options), setup.repeat_every)
     send(answers, _prepared(labeller).encode())
     for _ in range(_LABELS):
         message = messages.get(timeout=setup.idle_s or None)

@@ -66,6 +66,7 @@ class Terms(msgspec.Struct, frozen=True):
         cores: on which the process may run; empty for all.
         idle_s: seconds without work after which the process leaves; 0 for ever.
         keep: folder in which answers are kept from before they are sent until `LabelProcess.forget`; empty for none.
+        repeat_every: frames of which one is labelled twice; 0 for none.
     """
 
     method: str
@@ -77,6 +78,7 @@ class Terms(msgspec.Struct, frozen=True):
     cores: tuple[int, ...] = ()
     idle_s: float = 0.0
     keep: str = ""
+    repeat_every: int = 0
 
 
 class LabelProcess:
@@ -204,7 +206,9 @@ class LabelProcess:
             env=_environment(self._scratch, self._terms.threads),
             start_new_session=True,
         )
-        setup = Setup(self._terms.method, self._terms.options, self._terms.cores, self._terms.idle_s, self._terms.keep)
+        setup = Setup(
+            self._terms.method, self._terms.options, self._terms.cores, self._terms.idle_s, self._terms.keep, self._terms.repeat_every
+        )
         _send(self._process, msgspec.msgpack.encode(setup))
         problem = self._next(self._process, max(_START_S, self._terms.time_limit), given_up)
         if problem:

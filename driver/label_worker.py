@@ -135,7 +135,15 @@ def make_pool(run_dir: Path, name: str, settings: configs.Config, log: Log, unwa
     if isinstance(labeller, ClientLabeller):
         index = int(name.rpartition("-")[2])
         return ClientPool(labeller.for_worker(index, chosen.time_limit), log, process.monotonic)
-    terms = Terms(chosen.method, dict(chosen.options), chosen.time_limit, chosen.memory_gb, chosen.cores, chosen.attempts)
+    terms = Terms(
+        chosen.method,
+        dict(chosen.options),
+        chosen.time_limit,
+        chosen.memory_gb,
+        chosen.cores,
+        chosen.attempts,
+        repeat_every=chosen.repeat_every,
+    )
     if chosen.cluster:
         from tumbaga.driver.label_dask import DaskPool
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,6 +56,21 @@ class Imported(NamedTuple):
 
     added: int
     known: int
+
+
+class Noise(NamedTuple):
+    """What labels that were computed twice differ by.
+
+    Attributes:
+        labels: how many were. failures: of how many the second one failed.
+        force_rmse: over components of all of them, eV/Å. force_max, energy_max: the largest difference, eV/Å and eV.
+    """
+
+    labels: int
+    failures: int
+    force_rmse: float
+    force_max: float
+    energy_max: float
 
 
 class Labels(Queue):
@@ -115,6 +131,23 @@ class Labels(Queue):
             (frame_id, method),
         ).fetchone()
         return None if row is None else _stored(row)
+
+    def noise(self) -> Noise | None:
+        """What labels that were computed twice differ by (`label.repeat_every`); None if there are none."""
+        rows = self._db.execute("SELECT json_extract(details, '$.repeat') FROM labels WHERE json_extract(details, '$.repeat') IS NOT NULL")
+        told = [json.loads(row[0]) for row in rows]
+        good = [one for one in told if "failure" not in one]
+        if not told:
+            return None
+        squares = [one["force_rmse"] ** 2 for one in good]
+        rmse = math.sqrt(sum(squares) / len(squares)) if squares else math.nan
+        return Noise(
+            len(good),
+            len(told) - len(good),
+            rmse,
+            max((one["force_max"] for one in good), default=math.nan),
+            max((abs(one["energy"]) for one in good), default=math.nan),
+        )
 
     def label_ids(self, method: str, role: Role | None = None) -> list[int]:
         """The ids of all labels of a method, of one role or of both, in the order they arrived."""

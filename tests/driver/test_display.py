@@ -166,3 +166,19 @@ def test_a_status_for_people_has_everything_a_run_has() -> None:
         "! oh",
     ):
         assert part in text
+
+
+def test_the_noise_of_labels_is_told(tmp_path: Path) -> None:
+    """Nothing without labels that were computed twice; else what they differ by, and how many second ones failed."""
+    with Store(tmp_path / FILE) as store:
+        assert "label noise" not in display.status_text(tmp_path, status())
+        for seed, repeat in enumerate([{"energy": 0.001, "force_rmse": 0.004, "force_max": 0.02}, {"failure": "no"}]):
+            frame = Frame(np.array([29, 79]), np.array([[0.0, 0.0, 0.0], [2.5 + seed, 0.0, 0.0]]))
+            frame_id = store.add_flag(
+                frame, session="s", step=seed, reason=Reason.AUDIT, score=0.1, version=0, energy=0.0, forces=np.zeros((2, 3))
+            )
+            store.enqueue(frame_id, Reason.AUDIT, Role.TRAIN, 0.1)
+            store.add_label(store.start_task(frame_id, "label-0", 1), Label(-1.0, np.zeros((2, 3)), "m", 1.0, {"repeat": repeat}))
+    (line,) = [line for line in display.status_text(tmp_path, status()).splitlines() if "label noise" in line]
+    told = "1 computed twice: forces differ by 4.0 meV/Å, 20.0 at most; energies by 1.00 meV at most; of 1 the second one failed"
+    assert line == f"  label noise    {told}"

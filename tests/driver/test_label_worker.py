@@ -26,6 +26,7 @@ from tumbaga.driver.label_worker import Worker
 from tumbaga.driver.testing import until
 from tumbaga.online import spool
 from tumbaga.online.errors import LabelFailedError
+from tumbaga.online.labels.repeating import REPEAT
 from tumbaga.online.labels.testing import read_journal
 from tumbaga.online.records import Frame, Label
 from tumbaga.socket_protocol import bus
@@ -328,6 +329,12 @@ def test_a_worker_with_a_method_that_cannot_be_used_leaves(bench: Bench) -> None
     with pytest.raises(UnusableError):
         bench.turn()
     assert bench.results() == []
+
+
+def test_labels_are_repeated_if_asked(elsewhere: Elsewhere) -> None:
+    """In the process that labels; the difference comes back in the details."""
+    assert REPEAT not in elsewhere.label("test:lj").details
+    assert elsewhere.label("test:lj", repeat_every=1).details[REPEAT]["force_max"] < 1e-9
 
 
 @pytest.mark.slow
