@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def main() -> int:
     parser.add_argument("--model", metavar="MODEL", default=EMBEDDED, help="another potential that learns")
     parser.add_argument("--steps", metavar="N", type=int, help="of each run")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything started is ended
     steps = options.steps or (3000 if options.quick else 20000)
     rows = []
     print(HEAD)

@@ -112,7 +112,13 @@ def test_the_noise_of_pyscf_is_that_of_its_grid() -> None:
 
 def test_the_store_knows_the_noise(tmp_path: Path) -> None:
     """Over all labels that were computed twice; failures are counted apart."""
-    repeats = [None, {"energy": -0.002, "force_rmse": 0.003, "force_max": 0.01, "seconds": 1.0}, {"failure": "no"}]
+    repeats: list[object] = [
+        None,
+        "thrice",
+        {"of": 3},
+        {"energy": -0.002, "force_rmse": 0.003, "force_max": 0.01, "seconds": 1.0},
+        {"failure": "no"},
+    ]
     repeats.append({"energy": 0.001, "force_rmse": 0.004, "force_max": 0.02, "seconds": 1.0})
     with Store(tmp_path / FILE) as store:
         assert store.noise() is None
