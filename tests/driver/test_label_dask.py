@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tumbaga.driver.label_pool import LocalPool
@@ -58,10 +59,15 @@ class Cluster:
             self._programs.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
 
     def kill(self) -> None:
-        """The scheduler, the nannies and the workers, at one stroke."""
+        """The scheduler, the nannies and the workers, at one stroke; their trackers see it, remove semaphores from /dev/shm, and leave."""
         for program in self._programs:
-            os.killpg(program.pid, signal.SIGKILL)
+            family = [psutil.Process(program.pid), *psutil.Process(program.pid).children(recursive=True)]
+            trackers = [one for one in family if "resource_tracker" in " ".join(one.cmdline())]
+            for one in family:
+                if one not in trackers:
+                    one.kill()
             program.wait()
+            assert psutil.wait_procs(family, TIMEOUT)[1] == []
         self._programs.clear()
 
 
