@@ -262,6 +262,7 @@ class Gateway:
         if not told_at(session.faults if fault else session.brief // _OFTEN):
             return
         if fault:
+            self._next_report = 0.0  # a script whose connection this was waits for the reason
             self._note(f"{session.name}: {fault}{f' ({session.faults} times in a row)' if session.faults > 1 else ''}")
         told = {"forces": forces, "fault": fault, "left": left, "times": session.faults}
         self._reporter.log("error" if fault else "info", "session ended", session=session.name, **told)

@@ -34,7 +34,7 @@ from tumbaga.online.records import Frame
 LOG = "serve.out"
 _LOOK_S = 0.1  # between two looks at a server that has not dialled yet
 _STOP_S = 60.0  # for an orderly stop; then the server is killed
-_REASON_S = 2.0  # a reason stands in the status at most so long after the connection ended
+_REASON_S = 20.0  # a reason stands in the status at most so long after the connection ended, also where the machine is busy
 _LAST_LINES = 6  # of its output, where it has no complaint of its own to tell
 
 
