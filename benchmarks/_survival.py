@@ -5,6 +5,8 @@ A run ends at the first of
                sum of covalent radii
   reacted      O-H beyond 1.6 Å in a water that was intact at the start
   evaporated   an atom more than 12 Å from the centre of mass
+
+A soft wall about the origin, where there is one, keeps together what would evaporate.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tumbaga.online.records import Array, Frame, Ints
 MAX_FORCE, HOT, HOT_FS, TOO_CLOSE, REACTED, FAR = 50.0, 3.0, 50.0, 0.6, 1.6, 12.0
 TIMESTEP_FS = 1.0
 FRICTION = 0.02  # per fs
+WALL_STIFFNESS = 1.0  # eV/Å²
 SURVIVED = "survived"
 
 
@@ -60,11 +63,13 @@ def _distances(positions: Array) -> Array:
     return found
 
 
-def runs(potential: Potential, starts: Sequence[Frame], kelvins: Sequence[float], horizon_fs: float, seed: int) -> list[tuple[str, float]]:
+def runs(
+    potential: Potential, starts: Sequence[Frame], kelvins: Sequence[float], horizon_fs: float, seed: int, wall: float = np.inf
+) -> list[tuple[str, float]]:
     """Move all starts, of one composition, at their temperatures; return how each ended and when, fs.
 
-    Langevin dynamics in BAOAB splitting (Leimkuhler, Matthews, Appl. Math. Res. eXpress 2013, 34), without a wall; the centre of mass is left to
-    the thermostat. The runs that go on are one batch.
+    Langevin dynamics in BAOAB splitting (Leimkuhler, Matthews, Appl. Math. Res. eXpress 2013, 34), in a wall of that radius, Å; the centre of mass is left
+    to the thermostat. The runs that go on are one batch.
     """
     rng = np.random.default_rng(seed)
     rules = [Rules(start, kelvin) for start, kelvin in zip(starts, kelvins, strict=True)]
@@ -72,7 +77,7 @@ def runs(potential: Potential, starts: Sequence[Frame], kelvins: Sequence[float]
     thermal = np.sqrt(kB * np.array(kelvins)[:, None, None] / masses)
     at, velocities = np.stack([start.positions for start in starts]), thermal * rng.normal(size=(len(starts), len(numbers), 3))
     going, ends = np.arange(len(starts)), [(SURVIVED, horizon_fs)] * len(starts)
-    forces, step = _forces(potential, numbers, at), TIMESTEP_FS * fs
+    forces, step = _forces(potential, numbers, at) + _pushed(at, wall), TIMESTEP_FS * fs
     decay = np.exp(-FRICTION * TIMESTEP_FS)
     for count in itertools.takewhile(lambda n: n * TIMESTEP_FS <= horizon_fs, itertools.count(1)):
         velocities = velocities + 0.5 * step * forces / masses
@@ -80,16 +85,24 @@ def runs(potential: Potential, starts: Sequence[Frame], kelvins: Sequence[float]
         velocities = decay * velocities + np.sqrt(1 - decay**2) * thermal[going] * rng.normal(size=at.shape)
         at = at + 0.5 * step * velocities
         forces = _forces(potential, numbers, at)
-        velocities = velocities + 0.5 * step * forces / masses
+        pushed = forces + _pushed(at, wall)
+        velocities = velocities + 0.5 * step * pushed / masses
         told = [rules[run](*one) for run, one in zip(going, zip(at, velocities, forces, strict=True), strict=True)]
         for run, end in zip(going, told, strict=True):
             if end:
                 ends[run] = (end, count * TIMESTEP_FS)
         kept: Any = np.array([not end for end in told])
-        going, at, velocities, forces = going[kept], at[kept], velocities[kept], forces[kept]
+        going, at, velocities, forces = going[kept], at[kept], velocities[kept], pushed[kept]
         if not len(going):
             break
     return ends
+
+
+def _pushed(at: Array, wall: float) -> Array:
+    """Force of the wall on each atom, eV/Å: none inside of it."""
+    distance = np.linalg.norm(at, axis=2, keepdims=True)
+    found: Array = -WALL_STIFFNESS * np.maximum(distance - wall, 0.0) * at / np.maximum(distance, 1e-9)
+    return found
 
 
 def _forces(potential: Potential, numbers: Ints, at: Array) -> Array:
