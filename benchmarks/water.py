@@ -61,8 +61,8 @@ ARMS = (TUMBAGA, ONE_SHOT, SCRATCH, UNTUNED)
 COLOURS = {TUMBAGA: "C0", ONE_SHOT: "C1", SCRATCH: "C2", UNTUNED: "0.5"}
 FULL = Length(6000, 240.0, 40, 0.1, 8, 600, 60, 6, 5000.0, 17_000.0)
 QUICK = Length(1500, 60.0, 16, 0.1, 8, 150, 30, 2, 500.0, 500.0)
-FULL_LARGE = Length(1200, 300.0, 20, 0.15, 10, 60, 40, 2, 500.0, 500.0)
-QUICK_LARGE = Length(200, 60.0, 6, 0.15, 4, 10, 8, 1, 50.0, 50.0)
+FULL_LARGE = Length(600, 240.0, 16, 0.15, 8, 30, 16, 2, 250.0, 250.0)
+QUICK_LARGE = Length(150, 60.0, 6, 0.15, 4, 10, 6, 1, 50.0, 50.0)
 Job = dict[str, Any]
 
 
