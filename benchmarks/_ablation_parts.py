@@ -207,7 +207,7 @@ class Loop:
         self.learner.label(task, chosen.frame, label)
         made = self.learner.update()
         if isinstance(made, Proposal):
-            self.learner.serve(made.readout, made.covariance)
+            self.learner.serve(made.readout, made.covariance, made.ratios)
             self._served.readout = made.readout
             self._served.reset()
             self.readouts.append(made.readout)

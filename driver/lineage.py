@@ -199,7 +199,7 @@ class Lineage:
         labels, metrics = self.learner.n_labels, proposal.metrics
         version = StoredVersion(number, file.hash, self.number, file.path, "accepted", labels, metrics, network=self._network)
         self._store.add_version(version, made_by)
-        self.learner.serve(proposal.readout, proposal.covariance)
+        self.learner.serve(proposal.readout, proposal.covariance, proposal.ratios)
         self._publish(number, file.path)
         ms = round(1000 * (process.monotonic() - started), 1)
         self._log("info", "update", version=number, ms=ms, **proposal.metrics)

@@ -6,6 +6,8 @@ makes the update independent of its unit. The long-run share of misses is `misco
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +16,7 @@ from tumbaga.online.records import Array
 
 LEAST, MOST = 0.04, 4.0
 _TRUSTED = 24  # components
+FEWEST = 4  # held-out labels from which on they bound q
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,22 @@ class TrackedQuantile:
         step = self.rate * ((1.0 if missed else 0.0) - self.miscoverage)
         return replace(self, q=min(max(self.q * (1.0 + step), self.low), self.high))
 
-    def after_swap(self) -> TrackedQuantile:
-        """Return the quantile with which a new version starts."""
-        return replace(self, q=max(self.q, self.after_swap_least))
+    def after_swap(self, ratios: Sequence[float] = ()) -> TrackedQuantile:
+        """Return the quantile with which a new version starts: no larger than held-out labels ask for.
+
+        An audit lowers q by a hundredth and there is one in thousands of calls, so that what an early version needed would outlive it by
+        weeks. The bound is the conformal quantile of the ratios, with their largest one where they are too few for it, and
+        1 + 1/sqrt(number) times as much, since the variances were fitted to the same labels.
+
+        Args:
+            ratios: `error_ratio` of each held-out label under the new version; fewer than `FEWEST` bound nothing.
+        """
+        q = max(self.q, self.after_swap_least)
+        if len(ratios) >= FEWEST:
+            ordered, count = sorted(math.inf if math.isnan(ratio) else ratio for ratio in ratios), len(ratios)
+            covering = ordered[min(count, math.ceil((count + 1) * (1.0 - self.miscoverage))) - 1]
+            q = min(q, max(self.after_swap_least, (1.0 + 1.0 / math.sqrt(count)) * covering))
+        return replace(self, q=q)
 
 
 def variance_factor(missed: float, spread: float, components: int) -> float:

@@ -48,11 +48,13 @@ class Proposal:
         readout: new weights, shape (n_columns,), eV.
         covariance: their posterior covariance, shape (n_columns, n_columns), eV^2.
         metrics: JSON-compatible numbers for the record: labels used, errors before and after, what the checks said.
+        ratios: largest error over its std of each held-out label (see `calibration.error_ratio`).
     """
 
     readout: Array
     covariance: Array
     metrics: dict[str, object]
+    ratios: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,15 @@ class Learner:
 
     # -- versions --------------------------------------------------------------------------------------------------------------------
 
-    def serve(self, readout: Array, covariance: Array) -> None:
-        """A version serves now: scores refer to it, and frames that it made certain leave the queue."""
+    def serve(self, readout: Array, covariance: Array, ratios: Sequence[float] = ()) -> None:
+        """A version serves now: scores refer to it, and frames that it made certain leave the queue.
+
+        Args:
+            readout, covariance: of the version.
+            ratios: see `Proposal`.
+        """
         self.readout, self.covariance = readout, covariance
-        self.scale, self.quantile = self._scale_of(covariance), self.quantile.after_swap()
+        self.scale, self.quantile = self._scale_of(covariance), self.quantile.after_swap(ratios)
         self._gains, self._fresh = Gains(covariance, self._settings.sigma_force), []
         waiting = self._store.pending()
         wanted = {q.frame for q in waiting} | {task.frame for task in self._store.running()}
@@ -134,8 +141,8 @@ class Learner:
         except UpdateRefusedError:
             self.serve_base()
             return
-        covariance = self._variance_factor(fitted.covariance, self._base) * fitted.covariance
-        self.serve(self._base, covariance)
+        factor, ratios = self._calibrated(fitted.covariance, self._base)
+        self.serve(self._base, factor * fitted.covariance, ratios)
 
     def _scale_of(self, covariance: Array) -> ScoreScale:
         """Force std for each unit of the score of atoms, from the last frames: each version has its own, and its first call needs it."""
@@ -308,7 +315,7 @@ class Learner:
             return Refusal(str(error), metrics)
         candidate = self.readout + factor * (fitted.readout - self.readout)
         verdict = last_layer.accept(fitted, train, held_out, self.readout, candidate, self._settings)
-        variance = self._variance_factor(fitted.covariance, candidate)
+        variance, ratios = self._calibrated(fitted.covariance, candidate)
         metrics |= {
             "variance_factor": variance,
             "trust": factor,
@@ -318,14 +325,19 @@ class Learner:
             "verdict": verdict.reason,
             **self.errors(candidate),
         }
-        return Proposal(candidate, variance * fitted.covariance, metrics) if verdict.accepted else Refusal(verdict.reason, metrics)
+        if not verdict.accepted:
+            return Refusal(verdict.reason, metrics)
+        return Proposal(candidate, variance * fitted.covariance, metrics, ratios)
 
-    def _variance_factor(self, covariance: Array, readout: Array) -> float:
-        """What the held-out labels say of a posterior: see `calibration.variance_factor`."""
+    def _calibrated(self, covariance: Array, readout: Array) -> tuple[float, tuple[float, ...]]:
+        """What the held-out labels say of a posterior: its `calibration.variance_factor`, and with that the ratio of each of them."""
         held_out = self.sets[Role.HOLDOUT]
-        missed = sum(float((one.residual(readout - self._base) ** 2).sum()) for one in held_out)
-        spread = sum(float(np.einsum("ij,ij->", one.rows @ covariance, one.rows)) for one in held_out)
-        return variance_factor(missed, spread, sum(one.forces_label.size for one in held_out))
+        errors = [one.residual(readout - self._base) for one in held_out]
+        stds = [force_std(one.rows, covariance) for one in held_out]
+        missed, spread = (sum(float((some**2).sum()) for some in found) for found in (errors, stds))
+        factor = variance_factor(missed, spread, sum(error.size for error in errors))
+        pairs = zip(errors, stds, strict=True)
+        return factor, tuple(error_ratio(error, np.zeros_like(error), math.sqrt(factor) * std) for error, std in pairs)
 
     def _trusted_fit(self) -> last_layer.Fit:
         """The fit to all training labels, once those that the others contradict are set aside, the worst one first."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tumbaga.online.calibration import LEAST, MOST, TrackedQuantile, error_ratio, variance_factor
+from tumbaga.online.calibration import FEWEST, LEAST, MOST, TrackedQuantile, error_ratio, variance_factor
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
@@ -50,12 +50,24 @@ def test_a_number_that_is_not_finite_is_a_miss() -> None:
 
 @given(st.lists(st.tuples(st.floats(min_value=0.0), st.booleans()), max_size=200))
 def test_bounds_hold(series: list[tuple[float, bool]]) -> None:
-    """q never leaves [0.5, 8], and a swap never lowers it."""
+    """q never leaves [0.5, 8], and a swap of which nothing is known never lowers it."""
     quantile = TrackedQuantile()
     for ratio, audit in series:
         quantile = quantile.after(ratio, audit)
         assert 0.5 <= quantile.q <= 8.0
         assert quantile.after_swap().q >= max(quantile.q, 2.0)
+
+
+def test_a_swap_brings_q_down_to_what_held_out_labels_ask_for() -> None:
+    """Never below its start, never up, not by a handful of labels, and not where one of them is not covered at all."""
+    high = TrackedQuantile(q=7.0)
+    assert high.after_swap([1.0] * (FEWEST - 1)).q == 7.0
+    assert high.after_swap([1.0, 2.0, 1.5, 2.4]).q == pytest.approx(2.4 * 1.5)
+    assert high.after_swap([0.1] * 4).q == high.after_swap_least
+    assert TrackedQuantile(q=2.5).after_swap([4.0] * 9).q == 2.5
+    assert high.after_swap([1.0, 1.0, 1.0, math.nan]).q == high.after_swap([1.0, 1.0, 1.0, math.inf]).q == 7.0
+    # of a hundred, the largest tenth does not count
+    assert high.after_swap([*np.linspace(0.0, 3.0, 91), *[6.0] * 9]).q == pytest.approx(3.0 * 1.1)
 
 
 def test_error_ratio_is_the_worst_atom() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tumbaga.online.calibration import FEWEST, error_ratio
 from tumbaga.online.last_layer import Settings
 from tumbaga.online.learner import Learner, Proposal, Refusal
 from tumbaga.online.quality import Bounds
@@ -289,6 +291,25 @@ def test_only_audits_lower_the_quantile(bench: Bench, cluster: Callable[..., Fra
         chosen = waiting.frame
         bench.label_next(as_served)
         assert (bench.learner.quantile.q < start) is lower
+
+
+def test_held_out_labels_bring_the_quantile_of_a_new_version_down(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """What bad versions have raised it to does not stay: the ratios are those of the held-out labels under what is about to serve."""
+    bench.learn([cluster() for _ in range(4 * FEWEST)])
+    learner = bench.learner
+    learner.quantile = replace(learner.quantile, q=7.0)
+    made = proposal(learner)
+
+    held_out, change = learner.sets[Role.HOLDOUT], made.readout - bench.toy.readout()
+    ratios = [
+        error_ratio(one.residual(change), np.zeros((len(one.forces_label), 3)), force_std(one.rows, made.covariance)) for one in held_out
+    ]
+    assert len(ratios) >= FEWEST
+    assert made.ratios == pytest.approx(ratios)
+    learner.serve(made.readout, made.covariance)
+    assert learner.quantile.q == 7.0
+    learner.serve(made.readout, made.covariance, made.ratios)
+    assert 2.0 <= learner.quantile.q <= max(2.0, 1.5 * max(ratios)) < 7.0
 
 
 def test_the_scale_of_a_new_version_is_known_at_once(bench: Bench, cluster: Callable[..., Frame]) -> None:
