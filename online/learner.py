@@ -20,7 +20,7 @@ from tumbaga.online.gain import Costs, Gains
 from tumbaga.online.last_layer import Labelled
 from tumbaga.online.ports import ForceRows, Trainable
 from tumbaga.online.records import Array, Frame, Ints, Label, Reason, Role
-from tumbaga.online.store import Queued, Store, StoredLabel
+from tumbaga.online.store import Quarantined, Queued, Store, StoredLabel
 from tumbaga.online.uncertainty import AtomScore, ScoreScale, force_std, species_index
 
 _SCALED = 8  # frames from which a new version's scale of scores is taken
@@ -107,6 +107,7 @@ class Learner:
         """Error over uncertainty of the last label that came."""
         for stored in store.labels(method):
             self._learnt(stored)
+        self._doubted = {self._labelled(held.stored): held.stored for held in store.quarantined() if self._contradicted(held)}
         self._models.clear()
 
     # -- versions --------------------------------------------------------------------------------------------------------------------
@@ -285,10 +286,16 @@ class Learner:
         self.ratio = error_ratio(label.forces, self._store.served_forces(frame_id), stds)
         self.quantile = self.quantile.after(self.ratio, audit=audit)
 
-    def _learnt(self, stored: StoredLabel) -> None:
+    def _labelled(self, stored: StoredLabel) -> Labelled:
         model = self._model(stored.frame_id, stored.frame)
-        elements = self._potential.spec.elements
-        made = last_layer.labelled(model, stored.frame, stored.label, self._base, elements)
+        return last_layer.labelled(model, stored.frame, stored.label, self._base, self._potential.spec.elements)
+
+    def _contradicted(self, held: Quarantined) -> bool:
+        """Whether a label was set aside for what others say of it, and nothing has become of it since."""
+        return held.check in (quality.FORCES, quality.ENERGY) and held.state == "held" and held.stored.label.method == self._method
+
+    def _learnt(self, stored: StoredLabel) -> None:
+        made = self._labelled(stored)
         self.sets[stored.role].append(made)
         self._sources[made] = stored
         if not stored.imported:
@@ -340,24 +347,52 @@ class Learner:
         return factor, tuple(error_ratio(error, np.zeros_like(error), math.sqrt(factor) * std) for error, std in pairs)
 
     def _trusted_fit(self) -> last_layer.Fit:
-        """The fit to all training labels, once those that the others contradict are set aside, the worst one first."""
-        self._forget_what_was_set_aside()
+        """The fit to all training labels, once those are back that the others contradict no longer, and those are set aside, the worst one
+        first, that they do.
+        """
+        self._see_what_others_judged()
+        fitted = self._fit(self.sets[Role.TRAIN])
+        if self._taken_back(fitted):
+            fitted = self._fit(self.sets[Role.TRAIN])
         released = self._store.released()
         spared = [one for one, stored in self._sources.items() if stored.id in released]
         while True:
-            fitted = self._fit(self.sets[Role.TRAIN])
             found = quality.doubtful(self.sets[Role.TRAIN], self.sets[Role.HOLDOUT], fitted, self._fit, spared)
-            if found is None:
+            if found is None or not quality.room_aside(len(self._doubted), self.n_labels):
                 return fitted
             self._set_aside(*found)
+            fitted = self._fit(self.sets[Role.TRAIN])
 
-    def _forget_what_was_set_aside(self) -> None:
+    def _taken_back(self, fitted: last_layer.Fit) -> bool:
+        """Take labels back that were set aside and agree with the fit by now; return whether it must be made anew."""
+        trains = False
+        for one, stored in [*self._doubted.items()]:
+            if not quality.believed_again(one, self.sets[Role.TRAIN], fitted):
+                continue
+            if self._store.take_back(stored.id, "the other labels contradict it no longer"):
+                self._believe(one)
+                trains = trains or stored.role is Role.TRAIN
+                self._tell("label taken back", frame=stored.frame_id)
+            else:
+                del self._doubted[one]
+        return trains
+
+    def _doubt(self, one: Labelled) -> None:
+        self._doubted[one] = stored = self._sources.pop(one)
+        self.sets[stored.role].remove(one)
+
+    def _believe(self, one: Labelled) -> None:
+        self._sources[one] = stored = self._doubted.pop(one)
+        self.sets[stored.role].append(one)
+        self.sets[stored.role].sort(key=lambda labelled: self._sources[labelled].id)  # as another start would have them
+
+    def _see_what_others_judged(self) -> None:
         """Another learner on the same store may have judged meanwhile: one behind a network that was just trained."""
         known = set(self._store.label_ids(self._method))
-        gone = {one for one, stored in self._sources.items() if stored.id not in known}
-        for role, labels in self.sets.items():
-            self.sets[role] = [one for one in labels if one not in gone]
-        self._sources = {one: stored for one, stored in self._sources.items() if one not in gone}
+        for one in [one for one, stored in self._sources.items() if stored.id not in known]:
+            self._doubt(one)
+        for one in [one for one, stored in self._doubted.items() if stored.id in known]:
+            self._believe(one)
 
     def _fit(self, labels: Sequence[Labelled]) -> last_layer.Fit:
         return last_layer.fit(labels, self._base, self._settings, mean_h2=self._mean_h2, anchors=self._anchored())
@@ -372,8 +407,7 @@ class Learner:
     def _set_aside(self, one: Labelled, doubt: quality.Doubt) -> None:
         stored = self._sources[one]
         self._store.set_aside(stored.id, doubt.check, doubt.reason, doubt.numbers)  # first: on a full disk nothing has changed
-        del self._sources[one]
-        self.sets[stored.role].remove(one)
+        self._doubt(one)
         self._fresh = [frame_id for frame_id in self._fresh if frame_id != stored.frame_id]
         self._tell("label set aside", frame=stored.frame_id, check=doubt.check, reason=doubt.reason)
 

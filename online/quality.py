@@ -24,7 +24,11 @@ from tumbaga.online.records import Array, Frame, Label
 
 LEAST = 6  # other labels that it takes to judge one
 SIGMAS = 5.0  # robust standard deviations
+_AGREES = 3.0  # of them: a label that was set aside comes back where the others contradict it no more than that
+FORCES, ENERGY = "forces", "energy"  # checks against other labels
+_MOST_ASIDE = 1 / 3  # of all labels: where more contradict each other, it is not they that are wrong
 _MISSED = 0.6  # of the size of a label's forces: below it a label is believed however well the others are predicted
+_EXPECTED = 2.0  # times the error that was predicted: up to that a label is no surprise, however small the others' errors are
 _QUIET_FORCE = 0.3  # eV/Å; where all forces are small, their size means little
 _FORCE_SPREAD = (0.2, 0.3)  # bounds of the scale of log(error / predicted error)
 _ENERGY_SPREAD = 0.15  # eV per sqrt(atom), the least scale of energy errors
@@ -75,6 +79,30 @@ def inspect(frame: Frame, label: Label, bounds: Bounds) -> Doubt | None:
     return None
 
 
+def believed_again(one: Labelled, train: Sequence[Labelled], fitted: Fit) -> bool:
+    """Whether a label that others contradicted may come back: a fit that does not know it, maybe behind another network, agrees with it.
+
+    Args:
+        one: the label.
+        train: labels of the fit.
+        fitted: the fit to them.
+    """
+    others = list(zip(train, fitted.left_out, strict=True))
+    return len(train) >= LEAST and not _judged(one, left_out(one, fitted), others, _AGREES)
+
+
+def room_aside(aside: int, believed: int) -> bool:
+    """Whether one more label may be set aside because others contradict it.
+
+    A potential that fits some labels perfectly, since it was trained on them, finds every other label strange. The labels are good then.
+
+    Args:
+        aside: labels that are set aside already.
+        believed: labels that are not.
+    """
+    return aside + 1 <= max(2.0, _MOST_ASIDE * (aside + believed))
+
+
 def doubtful(
     train: Sequence[Labelled], held_out: Sequence[Labelled], fitted: Fit, refit: Refit, spared: Collection[Labelled] = ()
 ) -> tuple[Labelled, Doubt] | None:
@@ -115,28 +143,30 @@ def _suspects(train: Sequence[Labelled], errors: Sequence[LeftOut]) -> list[int]
     return list(dict.fromkeys([*places, *([int(off.argmax())] if off.max() > SIGMAS * _ENERGY_SPREAD else [])]))
 
 
-def _judged(one: Labelled, error: LeftOut, others: Sequence[tuple[Labelled, LeftOut]]) -> list[tuple[float, Labelled, Doubt]]:
-    """What speaks against a label, with how many robust standard deviations it does."""
+def _judged(
+    one: Labelled, error: LeftOut, others: Sequence[tuple[Labelled, LeftOut]], most: float = SIGMAS
+) -> list[tuple[float, Labelled, Doubt]]:
+    """What speaks against a label, with how many robust standard deviations it does; `most` of them say nothing."""
     found: list[tuple[float, Labelled, Doubt]] = []
     share = _share(one, error)
     logs = np.array([math.log(other.ratio) for _, other in others if other.ratio > 0])
-    if share > _MISSED and error.ratio > 0 and len(logs) >= LEAST:
+    if share > _MISSED and error.ratio > _EXPECTED and len(logs) >= LEAST:
         sigmas, usual = _sigmas(math.log(error.ratio), logs, *_FORCE_SPREAD)
-        if sigmas > SIGMAS:
+        if sigmas > most:
             said = (
                 f"forces that {len(others)} other labels contradict: they are off by {error.force:.2f} eV/Å where {error.spread:.2f} was expected, "
                 f"{error.ratio / math.exp(usual):.0f} times as much as is usual"
             )
             numbers = {"error": error.force, "expected": error.spread, "share": share, "sigmas": sigmas}
-            found.append((sigmas, one, Doubt("forces", said, numbers)))
+            found.append((sigmas, one, Doubt(FORCES, said, numbers)))
     energies = np.array([_energy(other, theirs) for other, theirs in others])[_alike(one, [other for other, _ in others])]
     energies = energies[np.isfinite(energies)]
     if len(energies) >= LEAST:
         sigmas, usual = _sigmas(_energy(one, error), energies, max(_ENERGY_SPREAD, _REACH * error.force))
-        if abs(sigmas) > SIGMAS:
+        if abs(sigmas) > most:
             off = (_energy(one, error) - usual) * math.sqrt(one.composition.sum())
             said = f"an energy that is {off:+.2f} eV off from what {len(energies)} other labels of this composition say"
-            found.append((abs(sigmas), one, Doubt("energy", said, {"error": off, "sigmas": abs(sigmas)})))
+            found.append((abs(sigmas), one, Doubt(ENERGY, said, {"error": off, "sigmas": abs(sigmas)})))
     return found
 
 

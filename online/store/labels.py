@@ -37,7 +37,8 @@ class Quarantined:
         check: name of the check that it failed.
         reason: why, as a sentence.
         numbers: what the check measured, JSON-compatible.
-        state: "held", "retried" (its frame was queued again, see `strategy`) or "released" (it is a label like any other since).
+        state: "held", "retried" (its frame was queued again, see `strategy`), "released" (by a person: it is believed since) or "returned" (the others
+            contradict it no longer: it is a label like any other since).
         strategy: how its frame is to be labelled the next time.
         created: when it was set aside, seconds since the epoch.
     """
@@ -230,7 +231,7 @@ class Labels(Queue):
         rows = self._db.execute(
             f"SELECT {_COLUMNS}, z.check_name, z.reason, z.numbers, z.state, z.strategy, z.created FROM quarantine z "
             "JOIN labels l ON l.id = z.label JOIN frames f ON f.id = l.frame LEFT JOIN queue q ON q.frame = f.id "
-            "WHERE z.state != 'released' ORDER BY z.id"
+            "WHERE z.state NOT IN ('released', 'returned') ORDER BY z.id"
         )
         return [Quarantined(_stored(row), row[14], row[15], json.loads(row[16]), *row[17:]) for row in rows]
 
@@ -263,6 +264,27 @@ class Labels(Queue):
             released = self.label_of(frame_id, method)
             assert released is not None
         return released
+
+    def take_back(self, label_id: int, note: str) -> bool:
+        """Make a label that is set aside one like any other again, because the others contradict it no longer.
+
+        Returns:
+            False where nothing changes: it is not held any more, or its frame has another label by now, or is about to get one.
+        """
+        with self._write():
+            row = self._db.execute(
+                "SELECT l.frame FROM labels l JOIN quarantine z ON z.label = l.id JOIN queue q ON q.frame = l.frame "
+                "WHERE l.id = ? AND l.aside AND z.state = 'held' AND q.state = 'quarantined'",
+                (label_id,),
+            ).fetchone()
+            if row is None:
+                return False
+            self._db.execute("UPDATE labels SET aside = 0 WHERE id = ?", (label_id,))
+            self._db.execute(
+                "UPDATE quarantine SET state = 'returned', ended = ? WHERE label = ? AND state = 'held'", (self._clock(), label_id)
+            )
+            self._db.execute("UPDATE queue SET state = 'labelled', note = ? WHERE frame = ?", (note, row[0]))
+        return True
 
     def retry(self, frame_id: int, strategy: str) -> None:
         """Queue a frame again whose label was set aside or failed, to be labelled in another way; what was set aside stays so.

@@ -91,7 +91,19 @@ CREATE TABLE audits (
 CREATE INDEX flags_frame ON flags (frame)
 """
 
-MIGRATIONS: Final = (_FIRST, _TRUST)  # the n-th makes a store of schema version n + 1 out of one of version n
+# labels that were set aside may come back by themselves
+_TAKEN_BACK: Final = """
+CREATE TABLE quarantine_2 (
+  id INTEGER PRIMARY KEY, label INTEGER NOT NULL REFERENCES labels, check_name TEXT NOT NULL, reason TEXT NOT NULL, numbers TEXT NOT NULL,
+  state TEXT NOT NULL CHECK (state IN ('held', 'retried', 'released', 'returned')), strategy TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
+  ended REAL);
+INSERT INTO quarantine_2 SELECT id, label, check_name, reason, numbers, state, strategy, created, ended FROM quarantine ORDER BY id;
+DROP TABLE quarantine;
+ALTER TABLE quarantine_2 RENAME TO quarantine;
+CREATE INDEX quarantine_label ON quarantine (label)
+"""
+
+MIGRATIONS: Final = (_FIRST, _TRUST, _TAKEN_BACK)  # the n-th makes a store of schema version n + 1 out of one of version n
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 
 

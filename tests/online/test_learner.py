@@ -381,6 +381,29 @@ def test_a_label_that_the_others_contradict_is_set_aside(
     np.testing.assert_array_equal(again.readout, made.readout)
 
 
+def test_a_label_that_the_others_agree_with_comes_back(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """Set aside by an earlier learner, a good label is learnt from again, at once or after a restart; a bad one is not."""
+    bench = make_bench()
+    for turn in range(12):
+        assert bench.flag(cluster())
+        bench.label_next(turned if turn == 6 else lambda told: told)
+    bench.learner.update()
+    (bad,) = bench.store.quarantined()
+    good = bench.store.labels()[2]
+    bench.store.set_aside(good.id, "forces", "a network that knew little thought so")
+    before = proposal(make_bench().learner)
+    for learner in (bench.learner, make_bench().learner):
+        after = proposal(learner)
+        assert learner.n_labels == 11
+        np.testing.assert_allclose(after.readout, before.readout, rtol=1e-9)
+
+    assert [held.stored.id for held in bench.store.quarantined()] == [bad.stored.id]
+    assert bench.store.label_ids(METHOD) == sorted(bench.store.label_ids(METHOD))
+    bench.store.set_aside(good.id, "net force", "what it says of itself is for a person to judge")
+    make_bench().learner.update()
+    assert len(bench.store.quarantined()) == 2
+
+
 def test_a_released_label_is_learnt_and_believed(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
     """The next start takes it with the others, and does not set it aside again."""
     bench = make_bench()

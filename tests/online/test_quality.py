@@ -144,6 +144,32 @@ def test_a_tenth_of_bad_labels_does_not_discredit_the_others(levels: dict[str, l
     assert refused < 0.02 * good
 
 
+def test_labels_that_a_network_was_trained_on_discredit_no_other(levels: dict[str, list[Labelled]], refit: Callable[..., Fit]) -> None:
+    """Ten labels that are hit to a few meV/Å, as those are that a network was trained on: that ten more are missed by far is no surprise."""
+
+    def missed(one: Labelled, times: float) -> Labelled:
+        return _forces(one, one.forces_base + times * (one.forces_label - one.forces_base))
+
+    labels = levels[LEVELS[0]][:20]
+    assert run([*(missed(one, 0.01) for one in labels[:10]), *(missed(one, 2.0) for one in labels[10:])], refit) == ([], [])
+
+
+def test_a_label_is_believed_again_where_the_others_agree(levels: dict[str, list[Labelled]], refit: Callable[..., Fit]) -> None:
+    """A good one that was set aside agrees with the others; a poisoned one does not, nor does any among too few to judge."""
+    labels = levels[LEVELS[0]][:16]
+    train, one = labels[:-1], labels[-1]
+    fitted = refit(train)
+    assert quality.believed_again(one, train, fitted)
+    assert not quality.believed_again(_turned(one, one), train, fitted)
+    assert not quality.believed_again(one, train[: quality.LEAST - 1], refit(train[: quality.LEAST - 1]))
+
+
+def test_not_most_labels_are_doubted() -> None:
+    """Two may be set aside at any time, else one in three."""
+    assert [quality.room_aside(aside, 8 - aside) for aside in range(4)] == [True, True, False, False]
+    assert [quality.room_aside(aside, 30 - aside) for aside in (0, 9, 10)] == [True, True, False]
+
+
 def test_a_label_that_was_released_is_believed(levels: dict[str, list[Labelled]], refit: Callable[..., Fit]) -> None:
     """What a person has released is not set aside again, whatever all others say."""
     labels = list(levels[LEVELS[0]][:12])

@@ -135,6 +135,18 @@ def test_an_old_store_goes_on(old: Path) -> None:
         assert [one.stored.label.energy for one in store.quarantined()] == [energy(1)]
 
 
+def test_what_is_set_aside_stays_so(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels in the quarantine of a store of version 2 are there in the next ones, with what was measured."""
+    monkeypatch.setattr("tumbaga.online.store.database.MIGRATIONS", MIGRATIONS[:2])
+    with Store(old) as store:
+        store.set_aside(1, "forces", "others say otherwise", {"sigmas": 7.0})
+    monkeypatch.undo()
+    with Store(old) as store:
+        (held,) = store.quarantined()
+        assert (held.stored.id, held.check, held.numbers, held.state) == (1, "forces", {"sigmas": 7.0}, "held")
+        assert store.take_back(1, "no longer")
+
+
 def test_reading_changes_nothing(old: Path) -> None:
     """Opened for reading, a store of version 1 shows everything, takes nothing, and its file stays byte by byte."""
     before = old.read_bytes()
@@ -172,14 +184,14 @@ def test_an_empty_file_cannot_be_read_and_becomes_a_store(tmp_path: Path) -> Non
 
 
 def test_a_migration_that_fails_leaves_the_old_store(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A migration is one transaction: where its last statement fails, the file is the old store, and the next try makes it new."""
+    """A migration is one transaction: where its last statement fails, the file is as the one before left it, and the next try makes it new."""
     broken = (*MIGRATIONS[:-1], MIGRATIONS[-1] + "; CREATE TABLE frames (id INTEGER)")
     monkeypatch.setattr("tumbaga.online.store.database.MIGRATIONS", broken)
     with pytest.raises(StoreError, match="already exists"):
         Store(old)
     monkeypatch.undo()
     database = sqlite3.connect(old)
-    assert database.execute("PRAGMA user_version").fetchone() == (1,)
+    assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION - 1,)
     assert database.execute("SELECT COUNT(*) FROM labels").fetchone() == (2,)
     database.close()
     with Store(old) as store:

@@ -106,6 +106,33 @@ def test_a_released_label_is_a_label(store: Store) -> None:
         store.release(number)
 
 
+def test_a_label_that_comes_back_is_a_label(store: Store) -> None:
+    """Taken back it is among the labels with its number, out of quarantine, and not believed whatever comes, as a released one is."""
+    number = set_aside(store)
+    (held,) = store.quarantined()
+    assert store.take_back(held.stored.id, "agrees with the others by now")
+
+    assert store.label_ids(METHOD) == [held.stored.id]
+    assert store.quarantined() == []
+    assert store.released() == set()
+    assert store.label_state(frame().key) == (number, "labelled")
+    assert not store.take_back(held.stored.id, "twice")
+    store.set_aside(held.stored.id, "forces", "once more")
+    assert [one.reason for one in store.quarantined()] == ["once more"]
+    assert store.take_back(held.stored.id, "and back")
+
+
+def test_no_label_comes_back_beside_another_one(store: Store) -> None:
+    """A frame that was queued again is for somebody else to judge, and no frame has two labels."""
+    number = set_aside(store)
+    (held,) = store.quarantined()
+    store.retry(number, "newton")
+    assert not store.take_back(held.stored.id, "it waits")
+    assert store.add_label(store.start_task(number, "label-0", 11), label(7))
+    assert not store.take_back(held.stored.id, "it has another one")
+    assert [one.label.energy for one in store.labels()] == [label(7).energy]
+
+
 def test_another_try_gives_another_label(store: Store) -> None:
     """A frame that is retried waits again with its strategy; its new label is a label, and the first one stays in quarantine."""
     number = set_aside(store)
