@@ -114,7 +114,7 @@ class Limits:
         drift_ratio, drift_extra: replay RMSE over, or eV/Å above, the serving version's; the larger counts. It is over `drift_frames`, a
             share of the frames, without those that changed most; and differences in frames whose forces have an rms above 1 eV/Å count
             relative to that: else a single frame in which atoms are pressed together outweighs all others.
-        drift_share: replay RMSE up to this share of the error that the original has on the labels (median over labels) is no forgetting:
+        drift_share: replay RMSE up to this share of the error that the original has on the labels (upper quartile) is no forgetting:
             where the level of theory changes, forces change everywhere, and a serving version that is the original has no drift at all.
             A true change was 0.4 to 1.7 times as large on replay frames as on those of a run (measured, with frames of
             `training.replay.generated`, for the embedded potential against copies with other weights).
