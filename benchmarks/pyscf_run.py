@@ -1,7 +1,7 @@
 """The main job with real DFT labels: the force error before and after, and by the number of labels, on frames kept apart.
 
     python benchmarks/pyscf_run.py [--quick] [--json FILE] [--steps N] [--labels N] [--seed N]
-    python benchmarks/pyscf_run.py --label          makes the frames again, about 7 minutes on a free core; needs the extra xtb
+    python benchmarks/pyscf_run.py --label          makes the frames again, about 4 minutes on a free core; needs the extra xtb
 
 `tumbaga run cuau-water`: real i-PI, the packaged CuAu(H2O)2 at 300 K, the embedded potential, labels by PySCF with the defaults of a run
 (PBE/def2-SVP). Apart are APART frames of the same cluster from MD by GFN1-xTB at that temperature, which neither potential nor run has to do
@@ -41,8 +41,8 @@ from tumbaga.online.versions import write_whole
 
 FRAMES = Path(__file__).with_name("pyscf-apart.extxyz")
 MODEL, KELVIN = "painn:cuau-water", 300.0
-APART = 24
-TRAJECTORIES = 6  # trajectories that the frames are of
+APART = 12
+TRAJECTORIES = 3  # that the frames are of
 FALL = 0.6
 
 
@@ -58,8 +58,8 @@ def label(path: Path) -> None:
             atoms.calc = SinglePointCalculator(atoms, energy=said.energy, forces=said.forces)
             atoms.info["method"] = said.method
             found.append(atoms)
+            ase.io.write(path, found, format="extxyz")
             print(f"{len(found):2d} {said.seconds:6.1f} s  largest force {np.abs(said.forces).max():.2f} eV/Å", flush=True)
-    ase.io.write(path, found, format="extxyz")
 
 
 def rmse(model: str, file: Path | None, apart: list[LabelledFrame]) -> float:
