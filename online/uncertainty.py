@@ -1,6 +1,6 @@
 """Uncertainty of a linear readout: a cheap score of every atom at every step, the exact spread of every force where force rows are at hand.
 
-Pure numpy, float64. Source: Bigi, Chong, Ceriotti, Grasselli, arXiv 2403.02251 (prediction rigidity of the last layer).
+Pure numpy, float64 but for the score. Source: Bigi, Chong, Ceriotti, Grasselli, arXiv 2403.02251 (prediction rigidity of the last layer).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _WIDE = 128  # features of an atom from which the product for all species is dea
 class AtomScore:
     """Per-atom score sqrt(f_i^T C_z f_i) for one covariance, prepared so that a call is one matrix product.
 
+    In float32: the score needs no more digits, and at every step the factors displace from the cache what the network needs.
+
     Args:
         covariance: of the readout, shape (n_columns, n_columns), eV²; element blocks, n_columns = n_species * n_hidden.
         n_species: how many blocks.
@@ -28,7 +30,7 @@ class AtomScore:
     def __init__(self, covariance: Array, n_species: int) -> None:
         n_hidden = len(covariance) // n_species
         starts = range(0, n_species * n_hidden, n_hidden)
-        self._roots = [_root(covariance[start : start + n_hidden, start : start + n_hidden]) for start in starts]
+        self._roots = [_root(covariance[start : start + n_hidden, start : start + n_hidden]).astype(np.float32) for start in starts]
         self._factors = np.ascontiguousarray(np.hstack(self._roots))
         self._shape = (n_species, n_hidden)
 
@@ -39,12 +41,13 @@ class AtomScore:
             features: last-layer features, shape (n_atoms, n_hidden).
             species: index of each atom's block, shape (n_atoms,).
         """
+        features = np.asarray(features, dtype=np.float32)
         if self._shape[1] >= _WIDE:
             return self._by_species(features, species)
         # of few features every atom times every species' factor costs less than parting the atoms
         spread = (features @ self._factors).reshape(len(features), *self._shape)
         squares = np.einsum("nsh,nsh->ns", spread, spread)[np.arange(len(features)), species]
-        scores: Array = np.sqrt(squares)
+        scores: Array = np.sqrt(squares, dtype=np.float64)
         return scores
 
     def _by_species(self, features: Array, species: Ints) -> Array:

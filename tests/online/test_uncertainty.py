@@ -24,7 +24,7 @@ def test_score_is_the_quadratic_form(rng: np.random.Generator, width: int) -> No
     score = AtomScore(covariance, 3)(features, species)
     places = [slice(width * z, width * (z + 1)) for z in range(3)]
     blocks = np.array([covariance[place, place] for place in places])
-    np.testing.assert_allclose(score, atom_lpr(features, species, blocks), rtol=1e-10)
+    np.testing.assert_allclose(score, atom_lpr(features, species, blocks), rtol=1e-6)
     for atom, (f, z) in enumerate(zip(features, species, strict=True)):
         assert score[atom] == pytest.approx(math.sqrt(f @ blocks[z] @ f))
 
