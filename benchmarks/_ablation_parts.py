@@ -29,7 +29,7 @@ from tumbaga.online.store import FILE, Store
 from tumbaga.online.uncertainty import force_std
 
 MODEL: Final = "painn:cuau-water"
-METHOD: Final = "ase:tblite.ase:TBLite?method=GFN1-xTB&verbosity=0"
+TEACHER, KNOWN = "GFN1-xTB", "GFN2-xTB"  # the teacher of the run, and that of the network
 TEMPLATE: Final = Path(structures.__file__).parent / "data" / "cuau-water.xyz"
 KELVIN, STEP_FS, FRICTION = 500.0, 0.5, 0.02
 WINDOW, STRIDE = 40, 8  # steps between two labels; the frames of these steps that a flag may pick
@@ -107,12 +107,13 @@ class Ground:
     Args:
         seed: of velocities and noise.
         frames: of the teacher's dynamics.
+        teacher: a method of tblite.
     """
 
-    def __init__(self, seed: int, frames: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, frames: int, teacher: str = TEACHER) -> None:
+        self.seed, self._teacher = seed, teacher
         self.potential: Any = registry.load(MODEL, "cpu", "float64")
-        self.labeller = make_labeller(METHOD)
+        self.labeller = make_labeller(f"ase:tblite.ase:TBLite?method={teacher}&verbosity=0")
         self.apart = [self.labelled(frame) for frame in self._moved(frames)]
         self.elsewhere = [self.labelled(frame) for frame in others(seed)]
 
@@ -123,7 +124,7 @@ class Ground:
         from tblite.ase import TBLite
 
         atoms, found = start(self.seed + 1000), []
-        atoms.calc = TBLite(method="GFN1-xTB", verbosity=0)
+        atoms.calc = TBLite(method=self._teacher, verbosity=0)
         for step, _ in enumerate(dynamics(atoms, self.seed + 1000).irun(400 + 20 * count)):
             if step > 400 and step % 20 == 0:
                 found.append(frame_of(atoms))

@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The answer to one job, or the reason why there is none."""
+    """The answer to one job, or the reason why there is none; `seconds` is what the evaluator took for its batch."""
 
     job: Job
     prediction: Prediction | None
@@ -66,6 +66,7 @@ class Outcome:
     lpr: Array = field(default_factory=lambda: np.zeros(0))
     error: str = ""
     members: Members | None = None
+    seconds: float = 0.0
 
 
 class Channel(Protocol):
@@ -309,7 +310,7 @@ class Pool:
             rows = slice(end, end := end + len(job.frame))
             prediction = Prediction(message.energies[i], forces[rows], virials[i])
             members = None if committee is None else Members(committee.energies[i], committee.forces[:, rows], committee.virials[i])
-            outcomes.append(Outcome(job, prediction, message.steps[i], lpr[rows], members=members))
+            outcomes.append(Outcome(job, prediction, message.steps[i], lpr[rows], members=members, seconds=message.seconds))
         return outcomes
 
     def _committee(self, buffers: list[bytes], frames: int, atoms: int) -> Members | None:

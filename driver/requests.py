@@ -26,6 +26,8 @@ from tumbaga.online.records import Frame, Prediction, Reason
 from tumbaga.socket_protocol import bus
 from tumbaga.socket_protocol.errors import ProtocolError
 
+_SLOW_S = 0.1  # a call that takes longer is told of in the log
+
 
 class Requests:
     """All requests under way, at most one a session.
@@ -64,7 +66,7 @@ class Requests:
         self._mixes: dict[str, Mix] = {}
         self._alarms = Alarms()
         self.times = CallTimes()
-        self.steps = self.frames = self.evaluated_again = 0
+        self.steps = self.frames = self.evaluated_again = self.slow = 0
         self.score_max = self.score_last = 0.0
 
     def ask(self, session: Session, frames: Sequence[Frame]) -> None:
@@ -189,7 +191,7 @@ class Requests:
         now = process.monotonic()
         # the answer is out; everything below may take its time
         if stall is None:
-            self.times.add(now - session.asked_at)
+            self._timed(session, now - session.asked_at, outcomes)
         else:
             self._reporter.log("info", "stall over", session=session.name, seconds=round(now - stall.since, 1), policy=mark)
             self.stalls.forget(session.name, now)
@@ -204,6 +206,15 @@ class Requests:
             self._learner.flag(session.name, seen.worst, seen.reason)
         self._firewall.remember(session.memory, seen.worst)
         self._follow(session, after)
+
+    def _timed(self, session: Session, seconds: float, outcomes: list[Outcome]) -> None:
+        """Count a call by what it took; of a slow one the log tells where the time went: what is not the evaluator's was spent waiting."""
+        self.times.add(seconds)
+        if seconds > _SLOW_S:
+            self.slow += 1
+            if told_at(self.slow):
+                told = {"call": session.forces - 1, "seconds": round(seconds, 4), "evaluating": round(outcomes[-1].seconds, 4)}
+                self._reporter.log("info", "slow call", session=session.name, times=self.slow, **told)
 
     def _account(self, session: Session, call: int, outcomes: list[Outcome], seen: Judgement) -> None:
         """Keep account of what has served a call."""

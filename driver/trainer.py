@@ -26,8 +26,8 @@ from tumbaga.online.store.labels import StoredLabel
 from tumbaga.online.training import checkpoints, finetune, finish, replay
 from tumbaga.online.training.loop import Sets
 
-REPLAY, REPLAY_WEIGHT = 1.0, 0.1  # replay frames a label, and the weight of each where the serving version is as good as this:
-_GOOD: Final = 0.1  # eV/Å, median over the labels
+REPLAY, REPLAY_WEIGHT = 1.0, 0.1  # replay frames a label, and the weight of each where what was known before is as good as this:
+_GOOD: Final = 0.05  # eV/Å, median over the labels
 _NOT_WORTH: Final = 0.02  # a weight below which nothing is replayed
 _REPLAY_LEAST, _REPLAY_MOST = 20, 200
 _RECENT: Final = 20  # flagged frames, for replay and shadow MD
@@ -90,7 +90,7 @@ def carry_out(run_dir: Path, order: Order, settings: configs.Config, observe: Ob
     began, folder = time.monotonic(), order.folder(run_dir)
     found = material(run_dir, order, settings)
     learnt = [LabelledFrame(one.frame, one.label) for one in found.train]
-    worth = replay_weight(found.serving, [*learnt, *(LabelledFrame(one.frame, one.label) for one in found.held_out)])
+    worth = replay_weight((found.original, found.serving), [*learnt, *(LabelledFrame(one.frame, one.label) for one in found.held_out)])
     count = min(_REPLAY_MOST, max(_REPLAY_LEAST, round(REPLAY * len(learnt)))) if worth else 0
     sets = Sets(learnt, (), finetune.replayed(found.serving, learnt, found.recent, count, order.number) if count else ())
     chosen: dict[str, Any] = {"seed": order.number, "replay": REPLAY if count else 0.0, "replay_weight": worth, "patience": 0}
@@ -116,21 +116,26 @@ def carry_out(run_dir: Path, order: Order, settings: configs.Config, observe: Ob
     return Result(order, passed, reason, tuple(checks), metrics)
 
 
-def replay_weight(serving: Potential, labels: Sequence[LabelledFrame]) -> float:
+def replay_weight(potentials: Sequence[Potential], labels: Sequence[LabelledFrame]) -> float:
     """Return the weight in the loss of a frame that the serving potential has labelled itself, where a label has 1; 0 for no such frames.
 
-    What it says elsewhere is worth keeping as far as it is right: a pseudo-label has its variance. The measure is the median over labels, so
-    that frames of a new kind, where it is wrong, do not have it forget the others.
+    What it says elsewhere is worth keeping as far as it is right: a pseudo-label has its variance. Where no label is, it says what the original
+    said, so that one is asked as well: a version that has learnt from these labels is right at them, and no better elsewhere. The measure is the
+    median over labels, so that frames of a new kind, where it is wrong, do not have it forget the others.
 
     Args:
-        serving: what labels them.
+        potentials: the original and the serving one; the worse counts.
         labels: all that are in hand.
     """
-    said = serving.predict([one.frame for one in labels])
-    with np.errstate(over="ignore"):  # there is nothing to keep then either
-        errors = [float(np.sqrt(np.mean((p.forces - one.label.forces) ** 2))) for p, one in zip(said, labels, strict=True)]
-    weight = REPLAY_WEIGHT * min(1.0, (_GOOD / max(float(np.median(errors)), 1e-9)) ** 2)
+    weight = REPLAY_WEIGHT * min(1.0, (_GOOD / max(*(_median_error(one, labels) for one in potentials), 1e-9)) ** 2)
     return weight if weight >= _NOT_WORTH else 0.0
+
+
+def _median_error(potential: Potential, labels: Sequence[LabelledFrame]) -> float:
+    """Median over labels of the force RMSE (component), eV/Å."""
+    said = potential.predict([one.frame for one in labels])
+    with np.errstate(over="ignore"):  # there is nothing to keep then
+        return float(np.median([np.sqrt(np.mean((p.forces - one.label.forces) ** 2)) for p, one in zip(said, labels, strict=True)]))
 
 
 def _evidence(found: Material, path: Path, settings: configs.Config) -> Evidence:

@@ -169,11 +169,19 @@ def test_a_back_end_without_a_training_half_says_so(made: Make, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("off", "weight"),
-    [([0.0] * 4, 0.1), ([0.1] * 4, 0.1), ([0.2] * 4, 0.025), ([0.3] * 4, 0.0), ([0.05, 0.05, 9.0], 0.1), ([0.3, 0.3, 0.0], 0.0)],
+    [([0.0] * 4, 0.1), ([0.05] * 4, 0.1), ([0.1] * 4, 0.025), ([0.15] * 4, 0.0), ([0.02, 0.02, 9.0], 0.1), ([0.15, 0.15, 0.0], 0.0)],
 )
 def test_what_is_wrong_is_not_kept(off: list[float], weight: float, base: PaiNN) -> None:
     """Replay counts by how right it is on most labels, and not at all where it is mostly wrong."""
     frames = [frame(k) for k in range(len(off))]
     said = base.predict(frames)
     labels = [LabelledFrame(one, Label(p.energy, p.forces + e, METHOD, 0.1)) for one, p, e in zip(frames, said, off, strict=True)]
-    assert trainer.replay_weight(base, labels) == pytest.approx(weight)
+    assert trainer.replay_weight((base, base), labels) == pytest.approx(weight)
+
+
+def test_what_was_wrong_before_it_was_taught_is_not_kept(base: PaiNN, teacher: PaiNN) -> None:
+    """A version that is right at the labels since it has learnt them says elsewhere what the original said: that one's errors count as well."""
+    frames = [frame(k) for k in range(4)]
+    labels = [LabelledFrame(one, Label(p.energy, p.forces, METHOD, 0.1)) for one, p in zip(frames, teacher.predict(frames), strict=True)]
+    assert trainer.replay_weight((teacher, teacher), labels) == pytest.approx(trainer.REPLAY_WEIGHT)
+    assert trainer.replay_weight((base, teacher), labels) == 0.0
