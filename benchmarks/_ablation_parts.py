@@ -232,12 +232,13 @@ class Loop:
 
     def covered(self) -> float:
         """Share of the same frames whose largest error is below what is promised for 0.9 of them."""
-        told = self._ground.potential.predict([one.frame for one in self._ground.apart], self._served.readout[None])
+        apart = self._ground.apart
+        told = self._ground.potential.predict([one.frame for one in apart], np.repeat(self._served.readout[None], len(apart), axis=0))
         ratios = [
             error_ratio(
                 one.label.forces, said.forces, force_std(self._ground.potential.force_rows(one.frame).rows, self.learner.covariance)
             )
-            for one, said in zip(self._ground.apart, told, strict=True)
+            for one, said in zip(apart, told, strict=True)
         ]
         return float(np.mean(np.array(ratios) <= self.learner.quantile.q))
 
@@ -249,7 +250,7 @@ class Loop:
 
 def force_error(potential: Any, labels: list[LabelledFrame], readout: Array | None = None) -> float:
     """Force RMSE (component) on labels, eV/Å."""
-    readouts = None if readout is None else readout[None]
+    readouts = None if readout is None else np.repeat(readout[None], len(labels), axis=0)
     said = potential.predict([one.frame for one in labels], readouts)
     errors = [one.label.forces - p.forces for one, p in zip(labels, said, strict=True)]
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from tumbaga.online.records import Array
 
-LEAST, MOST = 0.04, 4.0
+LEAST, MOST = 0.04, 100.0
 _TRUSTED = 24  # components
 FEWEST = 4  # held-out labels from which on they bound q
 
@@ -74,7 +74,8 @@ def variance_factor(missed: float, spread: float, components: int) -> float:
     """Return what predicted variances must be multiplied with to fit the errors of labels that nothing was fitted to.
 
     The factor of largest likelihood is the ratio of the two sums. Few components say little of it: as many as one small frame has are taken
-    to fit as they are, and it stays within `LEAST` and `MOST`, since guards and audits are for potentials that are wrong beyond that.
+    to fit as they are. It stays within `LEAST` and `MOST`. What a readout cannot express is no part of its posterior, and behind the narrow
+    last layer of a foundation model that is most of the error: there some 25 is asked for.
 
     Args:
         missed: sum of squared errors of force components, (eV/Å)².
