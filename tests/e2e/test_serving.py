@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -84,6 +85,30 @@ def test_dynamics_through_a_server_are_those_in_the_process(folder: Path, atoms:
     atoms.rattle(0.1)
     with pytest.raises(ServingError, match="the server was stopped"):
         atoms.get_potential_energy()
+
+
+def test_the_log_tells_where_the_time_of_a_slow_call_went(folder: Path, atoms: Atoms) -> None:
+    """A call that waits for an evaluator which is not at work: its line says that nothing was evaluated meanwhile."""
+    with serve(atoms, "toy:zero", learn=False) as calc:
+        calc.get_forces(atoms)
+        evaluator = calc.status()["pids"]["evaluator-0"]
+        atoms.rattle(0.01)
+        asked = threading.Thread(target=calc.get_forces, args=[atoms])
+        os.kill(evaluator, signal.SIGSTOP)
+        try:
+            asked.start()
+            asked.join(0.3)
+            assert asked.is_alive()
+        finally:
+            os.kill(evaluator, signal.SIGCONT)
+        asked.join(20.0)
+        log = calc.run_dir / "log" / "gateway.jsonl"
+        lines = until(
+            lambda: [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "slow call"], 5.0, "the line"
+        )
+        assert len(lines) == 1
+        assert lines[0]["call"] == 1
+        assert lines[0]["evaluating"] < 0.1 < 0.25 < lines[0]["seconds"]
 
 
 @pytest.mark.slow

@@ -86,6 +86,7 @@ def test_variances_are_fitted_to_errors_as_far_as_there_are_errors() -> None:
     missed, spread = float((errors**2).sum()), float(variances.sum())
     assert variance_factor(missed, spread, 9000) == pytest.approx(0.3, rel=0.05)
     assert variance_factor(0.3, 1.0, 24) == pytest.approx((24 + 24 * 0.3) / 48)
+    assert variance_factor(25.0, 1.0, 96) == pytest.approx(20.2)  # four labels of eight atoms, five times off
     assert variance_factor(0.0, 0.0, 0) == 1.0
     assert variance_factor(1e-9, 1.0, 10**6) == LEAST
     assert variance_factor(1e9, 1.0, 10**6) == MOST
