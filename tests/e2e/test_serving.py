@@ -108,7 +108,7 @@ def test_the_log_tells_where_the_time_of_a_slow_call_went(folder: Path, atoms: A
         )
         assert len(lines) == 1
         assert lines[0]["call"] == 1
-        assert lines[0]["evaluating"] < 0.1 < 0.25 < lines[0]["seconds"]
+        assert lines[0]["seconds"] > 0.25 > lines[0]["evaluating"]
 
 
 @pytest.mark.slow
