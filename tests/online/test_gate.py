@@ -425,9 +425,9 @@ def shadow_only(evidence: Evidence) -> Evidence:
 
 
 def noise(frame: Frame, one: Prediction) -> Prediction:
-    """Forces with 3 eV/Å of noise that is a function of the positions."""
+    """Forces with 1.2 eV/Å of noise that is a function of the positions."""
     rng = np.random.default_rng(np.abs(frame.positions).view(np.uint64).ravel()[:6])
-    return replace(one, forces=one.forces + 3.0 * rng.standard_normal(one.forces.shape))
+    return replace(one, forces=one.forces + 1.2 * rng.standard_normal(one.forces.shape))
 
 
 @pytest.mark.parametrize(
