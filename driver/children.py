@@ -200,18 +200,20 @@ class Child:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
-    def stop(self, patience: float) -> None:
-        """Ask it to leave, wait so long, then kill it."""
+    def stop(self, patience: float) -> bool:
+        """Ask it to leave, wait so long, then kill it; return whether it left in order."""
         if self._process is None:
-            return
+            return False
         self.signal(signal.SIGTERM)
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        code = self._process.poll()
         self._close_lifeline()
         self._process = None
+        return code == 0
 
     def _close_lifeline(self) -> None:
         if self._process is not None and self._process.stdin is not None:

@@ -28,6 +28,7 @@ from tumbaga.socket_protocol import bus
 
 EXIT_USER: Final = 78  # a fault that starting again will not mend (EX_CONFIG of sysexits.h)
 LOGS: Final = "log"
+LEFT: Final = "left"  # the last event of a process that ends in order
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 NAP_MS: Final = 500  # the longest a loop sleeps without a look at the lifeline
 
@@ -51,7 +52,8 @@ class Reporter:
         self._endpoint.send(bus.Report(self._process, state))
 
     def close(self, patience_ms: int = 500) -> None:
-        """Send what is left, for so long at most, and close all sockets of the context: the process is about to end."""
+        """Say that this process leaves, send what is left, for so long at most, and close all sockets of the context."""
+        self.log("info", LEFT)
         self._endpoint.socket.linger = patience_ms
         self._endpoint.close()
         # sending is done by a thread of zmq, which the end of the process would cut off: this waits for it

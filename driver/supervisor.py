@@ -33,6 +33,8 @@ from tumbaga.online.versions import write_whole
 from tumbaga.socket_protocol import bus
 
 _TICK_MS = 100
+_REPORTING = ("gateway", "learner", "trainer")  # whose last reports the last status is made of
+_LAST_WORDS_S = 1.0
 _STATUS_S = 0.5
 _HUNG_S = 600.0  # an evaluator that is at one batch for so long is killed
 _CATCH_UP_S = 3.0
@@ -59,6 +61,7 @@ class Supervisor:
         self._engine_process: subprocess.Popen[bytes] | None = None
         self._reports: dict[str, dict[str, Any]] = {}
         self._loggers: dict[str, Any] = {}
+        self._left: set[str] = set()  # processes that have said their last
         self._stops = 0
         self._state = "starting"
         self._errors: list[str] = []
@@ -222,10 +225,18 @@ class Supervisor:
         self._tick(force=True)
         self._stop_engine()
         for child in reversed(self._children):
-            child.stop(_PATIENCE["label" if child.name.startswith("label") else "other"] if self._stops < 2 else 0.1)
-            self._listen()
+            patience = _PATIENCE["label" if child.name.startswith("label") else "other"] if self._stops < 2 else 0.1
+            if child.stop(patience) and child.name in _REPORTING:
+                self._hear_out(child.name)
+        self._listen()
         self._state = self._last_state()
         self._tick(force=True)
+
+    def _hear_out(self, name: str) -> None:
+        """What a process said last is on its way when it has ended; without that the counts would be those of half a second before."""
+        until = process.monotonic() + _LAST_WORDS_S
+        while name not in self._left and process.monotonic() < until:
+            self._listen()
 
     def _last_state(self) -> str:
         if self._state == "failed":
@@ -265,6 +276,8 @@ class Supervisor:
                 self._reports[message.process] = message.state
                 self._heard_of_work(message.state)
             elif isinstance(message, bus.LogLine):
+                if message.event == process.LEFT:
+                    self._left.add(message.process)
                 self._log(message.process, message.level, message.event, **message.detail)
 
     def _heard_of_work(self, report: dict[str, Any]) -> None:

@@ -93,7 +93,8 @@ def test_a_run_swaps_in_what_it_learns(start: Callable[..., Program], store: Cal
     assert [version.number for version in stored] == list(range(status["versions"]))
     assert [version.parent for version in stored] == [None, *range(status["versions"] - 1)]
     for version in (stored[0], stored[1], stored[-1]):
-        assert version.state == "served"
+        # what is made at the very end serves from the next start on
+        assert version.state == ("served" if version.number <= status["serving_version"] else "accepted")
         file = program.run_dir / version.file
         assert versions.read(file).facts["parent"] == version.parent
         made = registry.load(f"painn:{file}", "cpu", "float64").predict([template])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def sockets_of_the_dead() -> list[Path]:
     """Socket files of scripts that have ended, and our own; other tests may be at work beside this one."""
-    found = [(path, int(path.name.split("-")[1])) for path in Path("/tmp").glob("ipi_tumbaga-[0-9]*")]
+    # names of runs are hexadecimal, and may begin with a number as well
+    named = [(path, re.match(r"ipi_tumbaga-(\d+)-", path.name)) for path in Path("/tmp").glob("ipi_tumbaga-[0-9]*-*")]
+    found = [(path, int(match.group(1))) for path, match in named if match]
     return [path for path, pid in found if pid == os.getpid() or not Path("/proc", str(pid)).exists()]
 
 
