@@ -269,5 +269,5 @@ def pushes(potential: Any, readout: Array) -> Array:
         for pair in pairs
         for ratio in RATIOS
     ]
-    said = potential.predict(frames, readout[None])
+    said = potential.predict(frames, np.repeat(readout[None], len(frames), axis=0))
     return np.array([one.forces[1, 0] for one in said]).reshape(len(pairs), len(RATIOS))

@@ -63,7 +63,7 @@ def test_a_swap_brings_q_down_to_what_held_out_labels_ask_for() -> None:
     high = TrackedQuantile(q=7.0)
     assert high.after_swap([1.0] * (FEWEST - 1)).q == 7.0
     assert high.after_swap([1.0, 2.0, 1.5, 2.4]).q == pytest.approx(2.4 * 1.5)
-    assert high.after_swap([0.1] * 4).q == high.after_swap_least
+    assert high.after_swap([0.1] * FEWEST).q == high.after_swap_least
     assert TrackedQuantile(q=2.5).after_swap([4.0] * 9).q == 2.5
     assert high.after_swap([1.0, 1.0, 1.0, math.nan]).q == high.after_swap([1.0, 1.0, 1.0, math.inf]).q == 7.0
     # of a hundred, the largest tenth does not count
