@@ -119,9 +119,10 @@ class Limits:
             A true change was 0.4 to 1.7 times as large on replay frames as on those of a run (measured, with frames of
             `training.replay.generated`, for the embedded potential against copies with other weights).
         wall: a pair counts as repulsive where the original pushes it apart by more, eV/Å.
-        wall_share: share of the original's repulsion that must be left, as energy from where it begins.
+        wall_share: share of the original's repulsion that must be left, as energy above the lowest one further out.
         wall_height: eV; what is nearer than where the candidate's own repulsion has come to this is out of reach and not looked at: there
-            networks extrapolate, and sound fine-tunes of the embedded potential were seen to pull at half the bond length.
+            networks extrapolate, and sound fine-tunes of the embedded potential were seen to pull at half the bond length. With `wall_share`
+            up to 1.5 eV are asked for, 30 kT at 600 K.
         shadow_frames: starts of shadow MD; shadow_steps: of each, half of them to settle; 0 leaves shadow MD out.
         steady_steps: without a thermostat, after that.
         shadow_force: larger forces are an explosion, eV/Å.
@@ -148,7 +149,7 @@ class Limits:
     drift_frames: float = 0.9
     wall: float = 5.0
     wall_share: float = 0.3
-    wall_height: float = 10.0
+    wall_height: float = 5.0
     shadow_frames: int = 5
     shadow_steps: int = 200
     steady_steps: int = 100

@@ -12,7 +12,7 @@ from ase.data import chemical_symbols
 
 from tumbaga.online.bonds import BONDED
 from tumbaga.online.gate_asking import Asked, Case
-from tumbaga.online.gate_records import Check
+from tumbaga.online.gate_records import Check, Limits
 from tumbaga.online.guards import COVALENT_RADII
 from tumbaga.online.records import Array, Frame
 
@@ -39,8 +39,8 @@ def short_range(case: Case) -> Check:
         if not wall.any():
             continue  # not all models have walls everywhere: nothing that was never there is asked for
         walls += 1
-        share, told = _Wall.of(case.candidate, scan).against(original, wall, case.limits.wall_height)
-        if share < case.limits.wall_share and share < _Wall.of(case.serving, scan).against(original, wall, case.limits.wall_height)[0]:
+        share, told = _Wall.of(case.candidate, scan).against(original, wall, case.limits)
+        if share < case.limits.wall_share and share < _Wall.of(case.serving, scan).against(original, wall, case.limits)[0]:
             problems.append(f"{scan.name} {told}")
         worst = min(worst, share)
     numbers = {"pairs": len(scans), "scanned": scanned, "repulsive": walls, "broken": len(problems), "least_share": worst}
@@ -98,25 +98,30 @@ class _Wall:
         pushes = np.array([float(one.forces[scan.moved] @ scan.way) for one in said])
         return cls(scan.distances, np.array([one.energy for one in said]), pushes)
 
-    def climb(self, wall: Bools) -> Array:
-        """Energy from outside to each distance, over those steps alone that lie within the wall, eV."""
-        steps = np.where(wall[:-1] & wall[1:], self.energies[:-1] - self.energies[1:], 0.0)
-        return np.append(np.cumsum(steps[::-1])[::-1], 0.0)
+    @property
+    def climb(self) -> Array:
+        """Energy at each distance above the lowest one further out, eV: what it takes to get there from outside."""
+        climb: Array = self.energies - np.minimum.accumulate(self.energies[::-1])[::-1]
+        return climb
 
-    def against(self, original: _Wall, wall: Bools, height: float) -> tuple[float, str]:
-        """Compare from outside to where the pair has climbed to a height, eV: what is behind is out of reach.
+    def against(self, original: _Wall, wall: Bools, limits: Limits) -> tuple[float, str]:
+        """Compare from outside to where the pair has climbed to `wall_height`: what is behind is out of reach.
+
+        A dip on the way up is no hole: what counts is how far up it is. Where the candidate begins to climb is its own affair, too, since labels
+        may have put the wall further out.
 
         Returns:
-            The smallest share that is left of the original's climb, or, below 0, the strongest pull where there is any, eV/Å; in words, too.
+            The smallest share that is left of the original's climb or, below 0, the strongest pull where that is too little, eV/Å; in words, too.
         """
         if not (np.isfinite(self.pushes[wall]).all() and np.isfinite(self.energies).all()):
             return -np.inf, "has numbers that are not finite"
-        climb, before = self.climb(wall), np.minimum(original.climb(wall), height)
-        nearest = np.flatnonzero(climb >= height).max(initial=0)
-        reached = wall & (np.arange(len(wall)) >= nearest)
-        at = int(np.where(reached, self.pushes, np.inf).argmin())
-        if self.pushes[at] < 0.0:
+        climb, before = self.climb, np.minimum(original.climb, limits.wall_height)
+        nearest = np.flatnonzero(climb >= limits.wall_height).max(initial=0)
+        high = wall & (np.arange(len(wall)) >= nearest) & (before > _CLIMB)
+        if not high.any():
+            return 1.0, ""
+        share = float((climb[high] / before[high]).min())
+        at = int(np.where(high, self.pushes, np.inf).argmin())
+        if share < limits.wall_share and self.pushes[at] < 0.0:
             return float(self.pushes[at]), f"is pulled together by {-self.pushes[at]:.1f} eV/Å at {self.distances[at]:.2f} Å"
-        high = reached & (before > _CLIMB)
-        share = float((climb[high] / before[high]).min()) if high.any() else 1.0
         return share, f"has {share:.0%} of its repulsion left"

@@ -406,6 +406,19 @@ def test_a_wall_that_was_never_there_is_not_asked_for(potential: PaiNN, evidence
     assert not judged(deep, shallow, evidence, original=potential)["short range"].passed
 
 
+def test_a_wall_may_begin_further_out_and_have_a_dip(potential: PaiNN, evidence: Evidence) -> None:
+    """Atoms that get to the dip have climbed as far as the original would have had them: only where it is deeper than that is it a hole."""
+    dip, hole = (Bent(potential, well(8, 1, at=at, depth=depth, width=0.05)) for at, depth in ((0.78, -6.0), (0.7, 12.0)))
+    pushes = [
+        one.forces[1, 0]
+        for one in dip.predict([Frame(np.array([8, 1]), np.array([[0.0, 0, 0], [x, 0, 0]])) for x in np.linspace(0.6, 0.8, 41)])
+    ]
+
+    assert min(pushes) < -20.0
+    assert judged(dip, potential, evidence)["short range"].passed
+    assert not judged(hole, potential, evidence)["short range"].passed
+
+
 def test_repulsion_that_has_gone_soft_is_refused() -> None:
     """A tenth of the core is left: nothing is pulled together, but the wall is no wall any more."""
     hard, half, soft = (ToyTrainable((1, 8), core=core) for core in (200.0, 100.0, 20.0))
