@@ -117,11 +117,13 @@ class _Wall:
             return -np.inf, "has numbers that are not finite"
         climb, before = self.climb, np.minimum(original.climb, limits.wall_height)
         nearest = np.flatnonzero(climb >= limits.wall_height).max(initial=0)
-        high = wall & (np.arange(len(wall)) >= nearest) & (before > _CLIMB)
-        if not high.any():
-            return 1.0, ""
-        share = float((climb[high] / before[high]).min())
-        at = int(np.where(high, self.pushes, np.inf).argmin())
+        reached = wall & (np.arange(len(wall)) >= nearest)
+        high = reached & (before > _CLIMB)
+        share = float((climb[high] / before[high]).min()) if high.any() else 1.0
+        # where the original has hardly begun to climb there is no share: but a fall below where its wall begins is a hole
+        if (reached & (self.energies < self.energies[np.flatnonzero(wall)[-1]] - _CLIMB)).any():
+            share = 0.0
+        at = int(np.where(reached, self.pushes, np.inf).argmin())
         if share < limits.wall_share and self.pushes[at] < 0.0:
             return float(self.pushes[at]), f"is pulled together by {-self.pushes[at]:.1f} eV/Å at {self.distances[at]:.2f} Å"
         return share, f"has {share:.0%} of its repulsion left"

@@ -419,6 +419,15 @@ def test_a_wall_may_begin_further_out_and_have_a_dip(potential: PaiNN, evidence:
     assert not judged(hole, potential, evidence)["short range"].passed
 
 
+def test_a_hole_where_the_wall_begins_is_refused(potential: PaiNN, evidence: Evidence) -> None:
+    """Behind it the candidate climbs as the original does, and more: what is seen is the fall below where the wall begins."""
+    hole = Bent(potential, well(8, 1, at=0.86, depth=12.0, width=0.02))
+    check = judged(hole, potential, evidence)["short range"]
+
+    assert not check.passed
+    assert "H-O is pulled together by" in check.reason
+
+
 def test_repulsion_that_has_gone_soft_is_refused() -> None:
     """A tenth of the core is left: nothing is pulled together, but the wall is no wall any more."""
     hard, half, soft = (ToyTrainable((1, 8), core=core) for core in (200.0, 100.0, 20.0))
