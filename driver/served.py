@@ -159,12 +159,13 @@ class ServedCalculator(SocketIOCalculator):  # type: ignore[misc] # ASE has no t
     def _reason(self) -> str:
         deadline = time.monotonic() + _REASON_S
         while time.monotonic() < deadline:
+            ended = self._process.poll()  # before the status is read, which may be written between the two
             with contextlib.suppress(RunDirError):
                 for sentence in reversed(self.status().get("errors", [])):
                     if str(self._socket) in sentence:
                         return str(sentence)
-            if self._process.poll() is not None:
-                return f"it has ended with code {self._process.returncode}"
+            if ended is not None:
+                return f"it has ended with code {ended}"
             time.sleep(_LOOK_S)
         return "it closed the connection without a word"
 
