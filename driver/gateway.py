@@ -99,7 +99,7 @@ class Gateway:
     # -- the loop --------------------------------------------------------------------------------------------------------------------
 
     def run(self, lifeline: process.Lifeline) -> None:
-        """Serve until told to leave; then hang up on every engine."""
+        """Serve until told to leave; then close."""
         for fixed, name in ((self._evaluators.fileno(), _EVALUATORS), (self._learner.fileno(), ""), (lifeline.fileno(), "")):
             self._selector.register(fixed, selectors.EVENT_READ, name)
         held: float | None = None
@@ -122,6 +122,10 @@ class Gateway:
             held = self._pool.dispatch()
             if process.monotonic() >= self._next_chore:
                 self._chores()
+        self.close()
+
+    def close(self) -> None:
+        """Hang up on every engine, and report for the last time."""
         for session in self.sessions.values():
             session.hang_up()
         self._report(now=True)
@@ -201,6 +205,8 @@ class Gateway:
         if session.dialling is not None:
             self._finish_dialling(session, session.dialling)
             return
+        if session.stream is None:  # an answer of the same round has ended the conversation
+            return
         session.receive()
         self._follow(session, session.turn(process.monotonic()))
 
@@ -262,7 +268,7 @@ class Gateway:
         if not told_at(session.faults if fault else session.brief // _OFTEN):
             return
         if fault:
-            self._next_report = 0.0  # a script whose connection this was waits for the reason
+            self._next_report = self._next_chore = 0.0  # a script whose connection this was waits for the reason
             self._note(f"{session.name}: {fault}{f' ({session.faults} times in a row)' if session.faults > 1 else ''}")
         told = {"forces": forces, "fault": fault, "left": left, "times": session.faults}
         self._reporter.log("error" if fault else "info", "session ended", session=session.name, **told)

@@ -1,14 +1,24 @@
-"""What travels with every force."""
+"""What travels with every force, and what the gateway outlives."""
 
 import json
+import uuid
+from pathlib import Path
 
+import numpy as np
 import pytest
+import zmq
 
+from tumbaga.driver import config as configs
 from tumbaga.driver.answers import extras
-from tumbaga.driver.rollout import hash_of
+from tumbaga.driver.gateway import Gateway
+from tumbaga.driver.process import Reporter
+from tumbaga.driver.rollout import hash_of, read_serving
+from tumbaga.driver.species import Species
 from tumbaga.online.ramp import Mix
 from tumbaga.socket_protocol import bus
 from tumbaga.socket_protocol.extras import check_extras
+from tumbaga.socket_protocol.streams import Address, dial, listen
+from tumbaga.socket_protocol.testing import BlockingEngine
 
 MIXES = [Mix(0, 0, 1.0), Mix(0, 1, 0.25), Mix(1, 1, 1.0)]
 
@@ -35,3 +45,26 @@ def test_extras_have_the_same_keys_in_and_out_of_a_ramp() -> None:
     keys = {check_extras(extras("0-base", mix, 1e6, -1, 0.0)) for mix in MIXES}
 
     assert len(keys) == 1
+
+
+def test_word_of_an_engine_whose_conversation_an_answer_has_just_ended_is_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both come in the same round of the selector: STATUS of one engine, and the evaluation that could not be served to it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / bus.FOLDER).mkdir()
+    address = Address.unix(f"tumbaga-test-{uuid.uuid4().hex}")
+    settings = configs.Config(serve=configs.Serve(connect=(f"unix:{address.path}",), prefix=""))
+    template = Species(np.array([29, 29]), False, "")
+    with listen(address) as listener, zmq.Context[zmq.Socket[bytes]]() as context:
+        gateway = Gateway(settings, {"": template}, context, Reporter(context, "gateway"), read_serving(tmp_path))
+        (session,) = gateway.sessions.values()
+        gateway._connected(session, dial(address))
+        with BlockingEngine.accept(listener, "classic", timeout=5.0):
+            gateway._refuse(session, "the potential returned a number that is not finite")
+            gateway._engine_event(session)
+
+            assert session.stream is None
+            assert session.faults == 1
+        gateway.close()
+        context.destroy(linger=0)
