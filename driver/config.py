@@ -94,7 +94,7 @@ class Label(_Section, frozen=True):
         executor: where labels are computed: "local", or "dask:ADDRESS" of a scheduler, such as "dask:tcp://node1:8786".
         workers: labels at a time.
         cores: of each label; its libraries use so many threads.
-        budget: labels at most in the life of the run directory, failed ones included; 0 for none.
+        budget: labels at most in the life of the run directory, failed ones included; 0 for none. A tenth is kept for audits.
         core_hours: cores times hours that all labels together may take, in vain or not; 0 for no limit. Labels under way are finished.
         max_force: a label with a larger force on an atom is set aside, eV/Å; 0 for no bound.
         net_force: so is that of an isolated frame whose forces add up to more than this times sqrt(atoms), eV/Å; 0 for no bound.

@@ -17,6 +17,7 @@ from tumbaga.online.records import Array
 LEAST, MOST = 0.04, 100.0
 _TRUSTED = 24  # components
 FEWEST = 8  # held-out labels from which on they bound q: the variances were fitted to the same, and of four the largest was too small
+_ELSEWHERE = 2.0  # flagged frames lie between those learnt from, some tens of fs apart: others were missed by 1.6 times as many stds
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class TrackedQuantile:
         return replace(self, q=min(max(self.q * (1.0 + step), self.low), self.high))
 
     def after_swap(self, ratios: Sequence[float] = ()) -> TrackedQuantile:
-        """Return the quantile with which a new version starts: no larger than held-out labels ask for.
+        """Return the quantile with which a new version starts: what held-out labels ask for, within a factor.
 
         An audit lowers q by a hundredth and there is one in thousands of calls, so that what an early version needed would outlive it by
-        weeks. The bound is the conformal quantile of the ratios, with their largest one where they are too few for it, and
-        1 + 1/sqrt(number) times as much, since the variances were fitted to the same labels.
+        weeks. The bound above is twice the conformal quantile of the ratios, or twice their largest one where they are too few for it: most
+        held-out labels are of the same stretch of a trajectory as those learnt from, and the variances were fitted to the same ones. The bound below is that quantile.
 
         Args:
             ratios: `error_ratio` of each held-out label under the new version; fewer than `FEWEST` bound nothing.
@@ -66,7 +67,8 @@ class TrackedQuantile:
         if len(ratios) >= FEWEST:
             ordered, count = sorted(math.inf if math.isnan(ratio) else ratio for ratio in ratios), len(ratios)
             covering = ordered[min(count, math.ceil((count + 1) * (1.0 - self.miscoverage))) - 1]
-            q = min(q, max(self.after_swap_least, (1.0 + 1.0 / math.sqrt(count)) * covering))
+            if math.isfinite(covering):
+                q = min(max(q, covering), max(self.after_swap_least, _ELSEWHERE * covering), self.high)
         return replace(self, q=q)
 
 

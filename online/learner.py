@@ -187,7 +187,7 @@ class Learner:
             forces: what was served, shape (n_atoms, 3), eV/Å.
         """
         waits = reason is Reason.STALLED
-        if (self.scale.known or waits) and self.spending.spent(self._limits):
+        if (self.scale.known or waits) and self.spending.spent(self._limits, reason):
             return False  # nothing can come of it, and a run of weeks would fill the disk with frames
         frame_id = self._store.add_flag(
             frame, session=session, step=step, reason=reason, score=score, version=version, energy=energy, forces=forces
@@ -243,7 +243,8 @@ class Learner:
     @property
     def spending(self) -> selection.Spending:
         """What labels have cost so far."""
-        return selection.Spending(sum(self._store.queued_by_role().values()), self._store.spent().core_seconds / 3600)
+        accepted, audits = sum(self._store.queued_by_role().values()), self._store.count_reason(Reason.AUDIT)
+        return selection.Spending(accepted, self._store.spent().core_seconds / 3600, audits)
 
     @property
     def exhausted(self) -> bool:

@@ -23,7 +23,7 @@ class Limits:
         force_error: the accuracy to hold, eV/Å; uncertain frames above it are labelled.
         budget: labels at most, over the life of the run directory.
         core_hours: time that all labels together may take, cores times hours; 0 for no limit.
-        audit_share: share of all labels that audits may take.
+        audit_share: share of all labels that audits may take; half of it is kept for them.
         queue: frames that may wait.
         low_ratio: waiting frames whose score fell below this part of force_error are dropped.
     """
@@ -35,6 +35,15 @@ class Limits:
     queue: int = 64
     low_ratio: float = 0.6
 
+    @property
+    def others(self) -> int:
+        """Labels at most of frames that were picked by their uncertainty.
+
+        A run that has given all its labels to them, in its first minutes perhaps, would never hear again of what it serves: neither the
+        calibration nor a rollback nor convergence could rest on anything.
+        """
+        return self.budget - int(0.5 * self.audit_share * self.budget)
+
 
 @dataclass(frozen=True)
 class Spending:
@@ -43,21 +52,25 @@ class Spending:
     Attributes:
         accepted: frames accepted for a label (waiting, running, labelled, set aside or failed).
         core_hours: of all labels, in vain or not.
+        audits: frames among those accepted that were picked at random.
     """
 
     accepted: int
     core_hours: float = 0.0
+    audits: int = 0
 
     def timed_out(self, limits: Limits) -> bool:
         """Whether labels have taken all the time that they may take: then none is begun, not even of a frame that was accepted."""
         return bool(limits.core_hours) and self.core_hours >= limits.core_hours
 
-    def spent(self, limits: Limits) -> str:
-        """Return what is spent, as a sentence; empty while there is something left of both budgets."""
+    def spent(self, limits: Limits, reason: Reason | None = None) -> str:
+        """Return what is spent, as a sentence; empty while there is something left of both budgets, for frames flagged for this reason."""
         if self.timed_out(limits):
             return f"the {limits.core_hours:g} core-hours for labels are spent: none is begun any more"
         if self.accepted >= limits.budget:
             return "the label budget is spent"
+        if reason is Reason.UNCERTAIN and self.accepted - self.audits >= limits.others:
+            return "what is left of the label budget is kept for audits"
         return ""
 
     def threshold(self, limits: Limits) -> float:
@@ -66,7 +79,7 @@ class Spending:
 
     def notes(self, limits: Limits) -> list[str]:
         """Return what a user should know of the budget, as sentences."""
-        spent = self.spent(limits)
+        spent = self.spent(limits, Reason.UNCERTAIN)
         if spent or not limits.budget or self.threshold(limits) == limits.force_error:
             return [spent] if spent else []
         raised = f"frames get one above {self.threshold(limits):.3g} eV/Å from now on, in place of {limits.force_error:g}"
@@ -103,8 +116,8 @@ def admit(
         core_hours: what labels have taken so far.
     """
     accepted = sum(by_role.values())
-    spending = Spending(accepted, core_hours)
-    if spent := spending.spent(limits):
+    spending = Spending(accepted, core_hours, audits)
+    if spent := spending.spent(limits, reason):
         return Admission(None, spent)
     if reason is Reason.UNCERTAIN and score <= (threshold := spending.threshold(limits)):
         return Admission(None, f"force uncertainty {score:.3f} eV/Å from force rows is within {threshold:g}")

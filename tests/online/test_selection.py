@@ -55,10 +55,27 @@ def test_audits_are_held_out_and_the_others_wait_to_be_learnt_from() -> None:
 @pytest.mark.parametrize("reason", list(Reason))
 def test_the_budget_ends_everything(reason: Reason) -> None:
     """Once as many frames were accepted as the budget has labels, none of any kind is."""
-    assert admit(reason, 9.0, [], {Role.TRAIN: 40, Role.HOLDOUT: 9}, 0, LIMITS).role is not None
+    assert admit(reason, 9.0, [], {Role.TRAIN: 40, Role.HOLDOUT: 9}, 5, LIMITS).role is not None
 
-    refused = admit(reason, 9.0, [], {Role.TRAIN: 40, Role.HOLDOUT: 10}, 0, LIMITS)
+    refused = admit(reason, 9.0, [], {Role.TRAIN: 40, Role.HOLDOUT: 10}, 5, LIMITS)
     assert (refused.role, refused.note) == (None, "the label budget is spent")
+
+
+@pytest.mark.parametrize(("accepted", "audits", "taken"), [(44, 0, True), (45, 0, False), (47, 3, True), (48, 3, False), (49, 8, True)])
+def test_uncertain_frames_leave_a_tenth_of_the_budget_to_audits(accepted: int, audits: int, taken: bool) -> None:
+    """Of 50 labels 45 are for frames picked by their uncertainty: a run without audits would not hear any more of what it serves."""
+    by_role = {Role.TRAIN: accepted - audits, Role.HOLDOUT: audits}
+
+    assert (admit(Reason.UNCERTAIN, 9.0, [], by_role, audits, LIMITS).role is not None) is taken
+    assert admit(Reason.INITIAL, 0.0, [], by_role, audits, LIMITS).role is Role.TRAIN
+    assert admit(Reason.STALLED, 9.0, [], by_role, audits, LIMITS).role is Role.TRAIN
+    if audits < 8:
+        assert admit(Reason.AUDIT, 0.0, [], by_role, audits, LIMITS).role is Role.HOLDOUT
+
+
+def test_a_budget_of_a_few_labels_keeps_none_back() -> None:
+    """A tenth of nine is no label."""
+    assert admit(Reason.UNCERTAIN, 9.0, [], {Role.TRAIN: 8, Role.HOLDOUT: 0}, 0, Limits(0.2, budget=9)).role is Role.TRAIN
 
 
 def test_a_budget_of_none_labels_nothing() -> None:
@@ -193,6 +210,8 @@ def test_the_last_fifth_of_the_budget_is_for_worse_frames() -> None:
     assert admit(Reason.STALLED, 0.0, [], after, 0, LIMITS).role is Role.TRAIN
     assert Spending(39).notes(LIMITS) == []
     assert Spending(40).notes(LIMITS) == ["40 of 50 labels are given away: frames get one above 0.25 eV/Å from now on, in place of 0.2"]
+    assert Spending(45).notes(LIMITS) == ["what is left of the label budget is kept for audits"]
+    assert Spending(45, audits=1).notes(LIMITS) != Spending(45).notes(LIMITS)
     assert Spending(50).notes(LIMITS) == ["the label budget is spent"]
 
 
