@@ -11,7 +11,7 @@ from tumbaga.driver import units
 from tumbaga.online.ramp import Mix
 from tumbaga.online.records import Array, Members, Prediction
 
-UNKNOWN_STD = 1e6  # eV/Å: said where an uncertainty is not finite, since JSON and engines know no infinity
+UNKNOWN_STD = 1e6  # eV/Å, eV: said where an uncertainty is not finite, since JSON and engines know no infinity
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def extras(
     work: float,
     committee: tuple[Members, Prediction] | None = None,
     policy: str = "continue",
+    energy_std: float = math.nan,
 ) -> bytes:
     """Return the extras of one answer: the same keys in every answer, since an engine may ask for them by name.
 
@@ -67,17 +68,21 @@ def extras(
         work: that swaps have done so far, eV.
         committee: what its members say and what is served, for i-PI's ffcommittee.
         policy: how the answer came about; see `tumbaga.online.policy.Decision`.
+        energy_std: of the total energy up to a constant for each element, eV; NaN where it is not known.
     """
+    energy_std = energy_std if math.isfinite(energy_std) else UNKNOWN_STD
     told = {
         "tumbaga": {
             "version": version,
             "force_std": std,
             "force_std_atom": atom,
+            "energy_std": energy_std,
             "policy": policy,
             "ramp": 1.0 if mix.old == mix.new else mix.weight,
             "swap_work": work,
         },
         "tumbaga_force_std": std,
+        "tumbaga_energy_std": energy_std,
         "tumbaga_version": mix.new,
         "tumbaga_swap_work": work,
     }

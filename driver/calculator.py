@@ -70,6 +70,8 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
     - `force_stds`: standard deviation of each atom's force, norm over xyz, shape (n_atoms,), eV/Å; NaN where not known. Only when asked for,
       with `calc.get_property("force_stds", atoms)`: it is exact for the posterior of the readout and costs some force calls, where
       `force_std` is an estimate that costs nothing, the largest last-layer score times a scale; the two can differ by a factor;
+    - `energy_std`: standard deviation of the total energy up to a constant for each element, eV, calibrated with held-out labels; NaN where it
+      is not known, as before the first label;
     - `version`: "NUMBER-HASH" of the weights, as in the extras; "0-base" for a potential as it was loaded.
 
     The scale of the estimate is the learner's where a run has noted one, else it is measured once, on `template`, as the server does.
@@ -90,7 +92,17 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
         VersionError: the version's file is damaged.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces", "stress", "force_std", "force_std_atom", "force_stds", "version"]  # noqa: RUF012
+    implemented_properties = [  # noqa: RUF012
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+        "force_std",
+        "force_std_atom",
+        "force_stds",
+        "energy_std",
+        "version",
+    ]
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
     def __init__(
@@ -147,6 +159,7 @@ class Tumbaga(Calculator):  # type: ignore[misc] # ASE has no types
             "forces": prediction.forces,
             "force_std": sure.std if sure.std < UNKNOWN_STD else float("nan"),
             "force_std_atom": sure.atom,
+            "energy_std": answer.energy_std,
             "version": self.version,
         }
         if frame.periodic:

@@ -144,7 +144,15 @@ def _learning(run_dir: Path, status: dict[str, Any]) -> list[str]:
     lines += [f"    frame {one.stored.frame_id} set aside: {one.reason}" for one in aside[-3:]]
     lines.append(f"  versions: {status['versions'] - 1} new, {status['swaps']} swapped in, {status['serving_version']} serves")
     lines += _errors(status["force_rmse"])
-    return lines
+    return lines + [f"  uncertainty: {told}" for told in _coverage(status)]
+
+
+def _coverage(status: dict[str, Any]) -> list[str]:
+    """Whether the uncertainty holds what it promises."""
+    found = status.get("coverage", {})
+    if not found.get("audits"):
+        return []
+    return [f"{found['within']} of the last {found['audits']} audits were within what was told ({found['promised']:.0%} promised)"]
 
 
 def _errors(rmse: dict[str, Any]) -> list[str]:
@@ -187,6 +195,7 @@ def status_text(run_dir: Path, status: dict[str, Any]) -> str:
     lines += _quarantine(run_dir, status)
     lines += _noise(run_dir)
     lines += [f"  budget         {note}" for note in status.get("notes", [])]
+    lines += [f"  audits         {told}" for told in _coverage(status)]
     lines += _errors(status["force_rmse"])
     lines += [f"  learning       {said}" for said in (*_fine_tune(status), *_end(status))]
     if canary := status.get("canary"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from tumbaga.driver.evaluator import out_of_memory
 from tumbaga.online import accuracy, last_layer, subsets, versions
 from tumbaga.online.accuracy import Coverage, EnergyError, ForceError, Judged, Offsets, Slope
 from tumbaga.online.calibration import TrackedQuantile, error_ratio
+from tumbaga.online.energies import energy_std
 from tumbaga.online.errors import VersionError
 from tumbaga.online.ports import Potential, Trainable
 from tumbaga.online.records import Array, LabelledFrame, Prediction
@@ -41,17 +42,19 @@ class LastLayer:
         multiplier: how many standard deviations cover the largest force error of a frame in `promised` of the frames.
         promised: share of frames.
         told: where both come from.
+        energy_covariance: see `tumbaga.online.energies.energy_std`.
     """
 
     covariance: Array
     multiplier: float
     promised: float
     told: str
+    energy_covariance: Array | None = None
 
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """How predicted force uncertainties compare with the errors.
+    """How predicted uncertainties compare with the errors.
 
     Attributes:
         frames: how many were looked at.
@@ -60,6 +63,9 @@ class Uncertainty:
         multiplier: of the version; its flagging score is this times the largest std of a frame.
         frame_coverage: share of frames whose largest error over std is within the multiplier.
         told: where covariance and multiplier come from.
+        energies: share of total energies, up to a constant for each element, within the normal interval of their std; empty where that is
+            not known.
+        energy_factor: what the stds of energies would have to be multiplied with; nan likewise.
     """
 
     frames: int
@@ -68,6 +74,8 @@ class Uncertainty:
     multiplier: float
     frame_coverage: Coverage
     told: str
+    energies: list[Coverage] = field(default_factory=list)
+    energy_factor: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def evaluate(
     """
     judged, lost = judge(potential, data, batch_atoms, progress)
     if layer is not None and isinstance(potential, Trainable):
-        judged = with_stds(potential, judged, layer.covariance, uncertain_frames, seed, progress)
+        judged = with_stds(potential, judged, layer, uncertain_frames, seed, progress)
     added = accuracy.offsets(judged)
     report = Report(
         frames=len(judged),
@@ -149,7 +157,7 @@ def evaluate(
         energies=accuracy.energy_error(judged, added) if len(judged) > added.rank else None,
         offsets=added,
         slope=accuracy.slope(judged, seed),
-        uncertainty=None if layer is None else _uncertainty(judged, layer),
+        uncertainty=None if layer is None else _uncertainty(judged, layer, added),
     )
     return report, judged
 
@@ -178,14 +186,16 @@ def judge(
 
 
 def with_stds(
-    potential: Trainable, judged: Sequence[Judged], covariance: Array, frames: int, seed: int = 0, progress: Progress | None = None
+    potential: Trainable, judged: Sequence[Judged], layer: LastLayer, frames: int, seed: int = 0, progress: Progress | None = None
 ) -> list[Judged]:
-    """Return the judged frames, so many of them by chance with the standard deviation of each force component."""
+    """Return the judged frames, so many of them by chance with the standard deviation of each force component, and of the energy."""
     found = list(judged)
     for k in subsets.by_chance(len(judged), frames, seed):
-        rows = potential.force_rows(judged[k].frame).rows
-        variances = np.einsum("ij,ij->i", rows @ covariance, rows)
-        found[k] = replace(judged[k], stds=np.sqrt(np.maximum(variances, 0.0)).reshape(-1, 3))
+        model = potential.force_rows(judged[k].frame)
+        variances = np.einsum("ij,ij->i", model.rows @ layer.covariance, model.rows)
+        composition = np.array([(judged[k].frame.numbers == z).sum() for z in potential.spec.elements], dtype=np.float64)
+        std = energy_std(model.phi, composition, layer.energy_covariance)
+        found[k] = replace(judged[k], stds=np.sqrt(np.maximum(variances, 0.0)).reshape(-1, 3), energy_std=std)
         if progress is not None:
             progress("uncertainties", 1)
     return found
@@ -213,10 +223,10 @@ def last_layer_of(potential: Potential, file: Path | None) -> LastLayer | None:
             else "; the scale of its features is not known, so that only ratios of uncertainties mean something"
         )
         return LastLayer(prior, start.q, promised, f"the prior of the last layer, as a run starts{scale}")
-    multiplier = _multiplier(file) if file is not None else None
+    multiplier, told = (_multiplier(file) if file is not None else None), "the version's posterior and the multiplier of its run"
     if multiplier is None:
-        return LastLayer(layer.covariance, start.q, promised, "the version's posterior; the multiplier is that with which a run starts")
-    return LastLayer(layer.covariance, multiplier, promised, "the version's posterior and the multiplier of its run")
+        multiplier, told = start.q, "the version's posterior; the multiplier is that with which a run starts"
+    return LastLayer(layer.covariance, multiplier, promised, told, layer.energy_covariance)
 
 
 def _version(file: Path, potential: Trainable) -> versions.LastLayer | None:
@@ -238,7 +248,7 @@ def _multiplier(file: Path) -> float | None:
         return None
 
 
-def _uncertainty(judged: Sequence[Judged], layer: LastLayer) -> Uncertainty:
+def _uncertainty(judged: Sequence[Judged], layer: LastLayer, added: Offsets) -> Uncertainty:
     known = [one for one in judged if one.stds is not None]
     ratios = [error_ratio(one.label.forces, one.forces, np.linalg.norm(one.stds, axis=1)) for one in known if one.stds is not None]
     within = float(np.mean([ratio <= layer.multiplier for ratio in ratios])) if ratios else math.nan
@@ -249,6 +259,8 @@ def _uncertainty(judged: Sequence[Judged], layer: LastLayer) -> Uncertainty:
         layer.multiplier,
         Coverage(layer.promised, within),
         layer.told,
+        accuracy.energy_coverage(known, added),
+        accuracy.energy_width_factor(known, added),
     )
 
 

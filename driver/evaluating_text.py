@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ase.data import chemical_symbols
 from rich import box
 from rich.table import Table
 
 from tumbaga.driver.evaluating import Report, Uncertainty
-from tumbaga.online.accuracy import EnergyError, ForceError, Interval
+from tumbaga.online.accuracy import Coverage, EnergyError, ForceError, Interval
 
 
 def table(report: Report, title: str) -> Table:
@@ -75,10 +76,20 @@ def _offsets(report: Report) -> str:
 
 
 def _uncertainty(one: Uncertainty) -> list[str]:
-    shares = ", ".join(f"{cover.found:.1%} for {cover.promised:.1%}" for cover in one.components)
-    return [
+    covered = f"{one.frame_coverage.found:.1%} for {one.frame_coverage.promised:.0%}"
+    found = [
         f"uncertainty ({one.told}), {one.frames} frames:",
-        f"  force components within the interval that is to hold a share of them: {shares}",
-        f"  standard deviations {'are too small' if one.factor > 1 else 'are too large'}: {one.factor:.2f} of them would fit the errors",
-        f"  frames whose largest error is within {one.multiplier:.2f} of them: {one.frame_coverage.found:.1%} for {one.frame_coverage.promised:.0%}",
+        f"  force components within the interval that is to hold a share of them: {_shares(one.components)}",
+        f"  standard deviations {_too(one.factor)}",
     ]
+    if one.energies:
+        found.append(f"  energies, offsets added, within theirs: {_shares(one.energies)}; standard deviations {_too(one.energy_factor)}")
+    return [*found, f"  frames whose largest force error is within {one.multiplier:.2f} of them: {covered}"]
+
+
+def _shares(covers: Sequence[Coverage]) -> str:
+    return ", ".join(f"{cover.found:.1%} for {cover.promised:.1%}" for cover in covers)
+
+
+def _too(factor: float) -> str:
+    return f"are too {'small' if factor > 1 else 'large'}: {factor:.2f} of them would fit the errors"

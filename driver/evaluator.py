@@ -112,7 +112,8 @@ def _packed(batch: int, answers: list[Answer], seconds: float) -> tuple[bus.Eval
     forces = joined([answer.prediction.forces for answer in answers])
     virials = joined([answer.prediction.virial[None] for answer in answers])
     lpr = joined([answer.lpr for answer in answers])
-    return bus.Evaluated(batch, energies, steps, seconds), [forces, virials, lpr, *_committee(answers)]
+    stds = [answer.energy_std for answer in answers]
+    return bus.Evaluated(batch, energies, steps, seconds, energy_stds=stds), [forces, virials, lpr, *_committee(answers)]
 
 
 def _committee(answers: list[Answer]) -> list[Array]:

@@ -276,6 +276,7 @@ class LearnerProcess:
             "workers": {name: {"task": busy.task, "seconds": round(busy.seconds, 1)} for name, busy in self._busy.items()},
             "draining": self.draining,
             "pinned": self._lineage.pinned,
+            "coverage": self._watch.coverage(1.0 - self._learner.quantile.miscoverage),
             "convergence": self._watch.report(),
             "answered": {"learner": os.getpid()} if counts["converged"] > self._found else {},
         }

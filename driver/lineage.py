@@ -90,7 +90,7 @@ class Lineage:
                 self._log("error", "version refused", version=version.number, error=str(error))
                 continue
             self.number, self.path = version.number, version.file
-            self.learner.serve(layer.readout, layer.covariance)
+            self.learner.serve(layer.readout, layer.covariance, energy_covariance=layer.energy_covariance)
             return
         self._stand_behind(self._origin, 0)
         self.learner.serve_base()
@@ -193,13 +193,14 @@ class Lineage:
         if made_by == self._store.version_labels(self.number):
             return  # the label that came was set aside
         number = self._next_number()
-        layer = LastLayer(proposal.readout, proposal.covariance, {"parent": self.number, **proposal.metrics})
+        facts = {"parent": self.number, **proposal.metrics}
+        layer = LastLayer(proposal.readout, proposal.covariance, facts, energy_covariance=proposal.energy_covariance)
         state = self.potential.state(proposal.readout)
         file = versions.write(self._run_dir, number, state, layer, self.potential.metadata, self._origin)
         labels, metrics = self.learner.n_labels, proposal.metrics
         version = StoredVersion(number, file.hash, self.number, file.path, "accepted", labels, metrics, network=self._network)
         self._store.add_version(version, made_by)
-        self.learner.serve(proposal.readout, proposal.covariance, proposal.ratios)
+        self.learner.serve(proposal.readout, proposal.covariance, proposal.ratios, proposal.energy_covariance)
         self._publish(number, file.path)
         ms = round(1000 * (process.monotonic() - started), 1)
         self._log("info", "update", version=number, ms=ms, **proposal.metrics)
@@ -228,7 +229,8 @@ class Lineage:
         learner.settle()
         result = self._judged_now(result, learner)
         number = self._next_number()
-        layer = LastLayer(learner.readout, learner.covariance, {"parent": result.order.parent, **(result.metrics or {})})
+        facts = {"parent": result.order.parent, **(result.metrics or {})}
+        layer = LastLayer(learner.readout, learner.covariance, facts, energy_covariance=learner.energy_covariance)
         file = versions.write(self._run_dir, number, potential.state(), layer, potential.metadata, self._origin)
         state = "accepted" if result.passed else "refused"
         version = StoredVersion(number, file.hash, result.order.parent, file.path, state, learner.n_labels, {}, network=network)

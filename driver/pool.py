@@ -5,6 +5,7 @@ A frame given to an evaluator comes back as an answer, or, when that evaluator d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -58,7 +59,9 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The answer to one job, or the reason why there is none; `seconds` is what the evaluator took for its batch."""
+    """The answer to one job, or the reason why there is none; `seconds` is what the evaluator took for its batch, `energy_std` the standard
+    deviation of the total energy, eV, NaN where it is not known.
+    """
 
     job: Job
     prediction: Prediction | None
@@ -67,6 +70,7 @@ class Outcome:
     error: str = ""
     members: Members | None = None
     seconds: float = 0.0
+    energy_std: float = math.nan
 
 
 class Channel(Protocol):
@@ -304,13 +308,15 @@ class Pool:
         virials = bus.array(buffers[1], np.float64, (len(jobs), 3, 3))
         lpr = bus.array(buffers[2], np.float64, (total,))
         committee = self._committee(buffers[3:], len(jobs), total)
+        energy_stds = message.energy_stds or [math.nan] * len(jobs)
         outcomes = []
         end = 0
         for i, job in enumerate(jobs):
             rows = slice(end, end := end + len(job.frame))
             prediction = Prediction(message.energies[i], forces[rows], virials[i])
             members = None if committee is None else Members(committee.energies[i], committee.forces[:, rows], committee.virials[i])
-            outcomes.append(Outcome(job, prediction, message.steps[i], lpr[rows], members=members, seconds=message.seconds))
+            std = energy_stds[i]
+            outcomes.append(Outcome(job, prediction, message.steps[i], lpr[rows], members=members, seconds=message.seconds, energy_std=std))
         return outcomes
 
     def _committee(self, buffers: list[bytes], frames: int, atoms: int) -> Members | None:

@@ -230,7 +230,7 @@ class Requests:
     def _extras(self, outcome: Outcome, sure: Certainty, work: float, mark: str) -> bytes:
         mix = Mix(*outcome.job.mix)
         committee = None if outcome.members is None else (outcome.members, _prediction(outcome))
-        return extras(self._rollout.name(mix.new), mix, sure.std, sure.atom, work, committee, mark)
+        return extras(self._rollout.name(mix.new), mix, sure.std, sure.atom, work, committee, mark, outcome.energy_std)
 
     # -- policies --------------------------------------------------------------------------------------------------------------------
 

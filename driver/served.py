@@ -64,7 +64,7 @@ class ServedCalculator(SocketIOCalculator):  # type: ignore[misc] # ASE has no t
         ServingError: the server ended or did not dial; the message holds its last lines.
     """
 
-    implemented_properties = [*SocketIOCalculator.implemented_properties, "force_std", "force_std_atom", "version"]  # noqa: RUF012
+    implemented_properties = [*SocketIOCalculator.implemented_properties, "force_std", "force_std_atom", "energy_std", "version"]  # noqa: RUF012
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
     def __init__(self, frame: Frame, run_dir: Path, timeout: float) -> None:
@@ -251,9 +251,10 @@ def _stop(process: subprocess.Popen[bytes], released: threading.Event, owner: in
 def _told(extras: Any) -> dict[str, Any]:
     """What the extras of an answer say, as results."""
     told = json.loads(np.asarray(extras).tobytes() or b"{}").get("tumbaga", {})
-    std = float(told.get("force_std", UNKNOWN_STD))
+    std, of_energy = (float(told.get(name, UNKNOWN_STD)) for name in ("force_std", "energy_std"))
     return {
         "force_std": std if std < UNKNOWN_STD else float("nan"),
+        "energy_std": of_energy if of_energy < UNKNOWN_STD else float("nan"),
         "force_std_atom": int(told.get("force_std_atom", -1)),
         "version": str(told.get("version", "")),
     }

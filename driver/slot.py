@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 from tumbaga.driver.errors import ConfigError, PotentialError
 from tumbaga.driver.networks import Networks, Opener
 from tumbaga.online import versions
+from tumbaga.online.energies import energy_std
 from tumbaga.online.errors import VersionError
 from tumbaga.online.last_layer import fit
 from tumbaga.online.ports import Potential, Trainable
-from tumbaga.online.records import Array, Frame, Members, Prediction
+from tumbaga.online.records import Array, Frame, Ints, Members, Prediction
 from tumbaga.online.uncertainty import AtomScore, species_index
 
 BASE = 0
@@ -32,12 +34,14 @@ class Answer:
         lpr: last-layer score of each atom, shape (n_atoms,), float64; NaN where the potential has no readout.
         members: what a committee drawn from the posterior of the readout says, if one was asked for; their mean is the prediction to
             the rounding of the potential.
+        energy_std: of the total energy up to a constant for each element, eV; NaN where it is not known.
     """
 
     prediction: Prediction
     step: float
     lpr: Array
     members: Members | None = None
+    energy_std: float = math.nan
 
 
 class Slot:
@@ -57,12 +61,13 @@ class Slot:
         self._readouts: dict[int, Array] = {}
         self._scores: dict[int, AtomScore] = {}
         self._covariances: dict[int, Array] = {}
+        self._energies: dict[int, Array | None] = {}  # covariances that tell how sure energies are
         self._deviations: dict[int, Array] = {}
         if self._trainable is not None:
             self._networks = Networks(self._trainable, opened)
             own = self._trainable.readout()
             # no label yet: the prior alone says how unsure the readout is
-            self._put(BASE, own, fit([], own, mean_h2=self._trainable.spec.mean_h2 or 1.0).covariance, "")
+            self._put(BASE, own, fit([], own, mean_h2=self._trainable.spec.mean_h2 or 1.0).covariance, None, "")
 
     @property
     def networks(self) -> Networks:
@@ -94,14 +99,18 @@ class Slot:
             raise VersionError(str(path), f"cannot serve: {self.potential.spec.name} has no linear readout")
         layer = versions.read(path)
         network = self._networks.behind(path, layer, self._last)
-        self._put(version, layer.readout, layer.covariance, "" if network == self._networks.base else network)
+        of_energies = layer.energy_covariance
+        if of_energies is not None and len(of_energies) != layer.readout.size + len(self.potential.spec.elements):
+            raise VersionError(str(path), "holds an uncertainty of energies for another number of elements")
+        self._put(version, layer.readout, layer.covariance, of_energies, "" if network == self._networks.base else network)
         for old in set(self._readouts) - {version, BASE, *keep}:
-            del self._readouts[old], self._scores[old], self._covariances[old], self._network[old]
+            del self._readouts[old], self._scores[old], self._covariances[old], self._energies[old], self._network[old]
             self._deviations.pop(old, None)
         self._networks.keep(set(self._network.values()))
 
-    def _put(self, version: int, readout: Array, covariance: Array, network: str) -> None:
+    def _put(self, version: int, readout: Array, covariance: Array, of_energies: Array | None, network: str) -> None:
         self._readouts[version], self._covariances[version], self._network[version] = readout, covariance, network
+        self._energies[version] = of_energies
         self._scores[version] = AtomScore(covariance, len(self.potential.spec.elements))
         self._deviations.pop(version, None)
 
@@ -201,7 +210,14 @@ class Slot:
         if old != new:
             change = (self._readouts[new] - self._readouts[old]).reshape(-1, self.potential.spec.n_hidden)
             step = float(np.einsum("nh,nh->", features, change[elements]))
-        return Answer(prediction, step, self._scores[new](features, elements))
+        return Answer(prediction, step, self._scores[new](features, elements), energy_std=self._energy_std(new, features, elements))
+
+    def _energy_std(self, version: int, features: Array, elements: Ints) -> float:
+        covariance = self._energies[version]
+        if covariance is None:
+            return math.nan
+        of_each = np.equal.outer(np.arange(len(self.potential.spec.elements)), elements).astype(np.float64)
+        return energy_std((of_each @ features).ravel(), of_each.sum(axis=1), covariance)
 
 
 def _in_pieces(potential: Potential, frames: Sequence[Frame], readouts: Array) -> list[Prediction]:
@@ -229,7 +245,7 @@ def _between(old: Answer, new: Answer, weight: float) -> Answer:
         members = Members(
             keep * one.energies + weight * two.energies, keep * one.forces + weight * two.forces, keep * one.virials + weight * two.virials
         )
-    return Answer(mixed, after.energy - before.energy, new.lpr, members)
+    return Answer(mixed, after.energy - before.energy, new.lpr, members, new.energy_std)
 
 
 def _members(said: Sequence[Prediction]) -> Members:

@@ -332,6 +332,7 @@ class Supervisor:
             "force_rmse": learner.get("errors", {}),
             "fine_tune": self._reports.get("trainer", {}),
             "pinned": learner.get("pinned"),
+            "coverage": learner.get("coverage", {}),
             "convergence": learner.get("convergence", {}),
             "workers": learner.get("workers", {}),
             "evaluator_restarts": sum(count for name, count in restarts.items() if name.startswith("evaluator-")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ class Watch:
             said = {"version": verdict.version, "steps": verdict.steps, "production": verdict.production, "why": verdict.why}
             self._store.add_event(event, **said)
             self._tell(event, **said)
+
+    def coverage(self, promised: float) -> dict[str, Any]:
+        """For the status: how many of the last audits were within what was told, beside the share that was promised."""
+        return asdict(auditing.coverage(self._store.audits(), promised))
 
     def report(self) -> dict[str, Any]:
         """For the status."""

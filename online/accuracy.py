@@ -32,6 +32,7 @@ class Judged:
         energy: predicted, eV.
         forces: predicted, shape (n_atoms, 3), float64, eV/Å.
         stds: predicted standard deviation of each force component, shape (n_atoms, 3), eV/Å; None where not asked for or not known.
+        energy_std: that of the total energy, up to a constant for each element, eV; nan likewise.
     """
 
     frame: Frame
@@ -39,6 +40,7 @@ class Judged:
     energy: float
     forces: Array
     stds: Array | None = None
+    energy_std: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,29 @@ def width_factor(judged: Sequence[Judged]) -> float:
     errors, stds = _with_stds(judged)
     ratios = errors[stds > 0] / stds[stds > 0]
     return math.sqrt(math.pi / 2) * float(ratios.mean()) if ratios.size else math.nan
+
+
+def energy_coverage(judged: Sequence[Judged], added: Offsets, quantiles: Sequence[float] = QUANTILES) -> list[Coverage]:
+    """Return how many total energies, offsets added, lie within the interval of a normal distribution of the predicted width.
+
+    Empty where no frame has a predicted width, or no more have one than there are offsets.
+    """
+    ratios = _energy_ratios(judged, added)
+    widths = [(quantile, NormalDist().inv_cdf(0.5 + 0.5 * quantile)) for quantile in quantiles]
+    return [Coverage(quantile, float((ratios <= width).mean())) for quantile, width in widths] if ratios.size else []
+
+
+def energy_width_factor(judged: Sequence[Judged], added: Offsets) -> float:
+    """Return what `width_factor` does, for total energies, offsets added; nan where `energy_coverage` is empty."""
+    ratios = _energy_ratios(judged, added)
+    return math.sqrt(math.pi / 2) * float(ratios.mean()) if ratios.size else math.nan
+
+
+def _energy_ratios(judged: Sequence[Judged], added: Offsets) -> Array:
+    held = [one for one in judged if one.energy_std > 0.0]
+    if len(held) <= added.rank:
+        return np.zeros(0)
+    return np.array([abs(one.energy + added.of(one.frame) - one.label.energy) / one.energy_std for one in held])
 
 
 def _with_stds(judged: Sequence[Judged]) -> tuple[Array, Array]:

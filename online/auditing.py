@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -11,6 +12,7 @@ from tumbaga.online.records import Reason
 from tumbaga.online.store import Audit, Store
 
 BEYOND: Final = 3.0  # times the calibrated uncertainty: with 90 % coverage of a normal error, one of a million
+LAST: Final = 50  # audits that say how well the uncertainty holds what it promises: of more, many were served by versions long gone
 IN_A_ROW: Final = 2  # a single one may be a doubtful label, or a frame of a kind that was never seen
 
 
@@ -30,6 +32,32 @@ def audit_of(store: Store, frame_id: int, method: str, ratio: float) -> Audit | 
     errors = stored.label.forces - flag.forces
     largest = float(np.linalg.norm(errors, axis=1).max())
     return Audit(frame_id, stored.id, flag.version, float(np.sqrt(np.mean(errors**2))), largest, min(ratio, 1e300), flag.score)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many of the last audits were as near to their labels as had been told when they were served.
+
+    Attributes:
+        audits: the last ones, those left out for which no uncertainty was known.
+        within: those of them whose largest force error was within the calibrated uncertainty that was told.
+        promised: the share that the calibration aims at.
+    """
+
+    audits: int
+    within: int
+    promised: float
+
+
+def coverage(audits: Sequence[Audit], promised: float) -> Coverage:
+    """Return how the last audits compare with what was told.
+
+    Args:
+        audits: of all versions, in their order.
+        promised: share that is to be within.
+    """
+    known = [audit for audit in audits if audit.promised > 0.0][-LAST:]
+    return Coverage(len(known), sum(audit.force_max <= audit.promised for audit in known), promised)
 
 
 def beyond(audits: Sequence[Audit], version: int, target: float) -> list[Audit]:

@@ -72,7 +72,7 @@ class TrackedQuantile:
         return replace(self, q=q)
 
 
-def variance_factor(missed: float, spread: float, components: int) -> float:
+def variance_factor(missed: float, spread: float, components: int, trusted: int = _TRUSTED) -> float:
     """Return what predicted variances must be multiplied with to fit the errors of labels that nothing was fitted to.
 
     The factor of largest likelihood is the ratio of the two sums. Few components say little of it: as many as one small frame has are taken
@@ -83,10 +83,11 @@ def variance_factor(missed: float, spread: float, components: int) -> float:
         missed: sum of squared errors of force components, (eV/Å)².
         spread: sum of their predicted variances, likewise.
         components: how many.
+        trusted: how many of them weigh as much as what was predicted.
     """
     if not (components and spread > 0.0):
         return 1.0
-    return min(max((_TRUSTED + components * missed / spread) / (_TRUSTED + components), LEAST), MOST)
+    return min(max((trusted + components * missed / spread) / (trusted + components), LEAST), MOST)
 
 
 def error_ratio(forces_label: Array, forces_served: Array, stds: Array) -> float:

@@ -95,6 +95,7 @@ class Fit:
         n_labels: how many labels were used.
         noise: of a force component, what the readout cannot express included, eV/Å.
         left_out: for each label, what the fit to all others makes of it.
+        energy_covariance: of change and offsets together, shape (n_columns + n_species, n_columns + n_species), eV²; None without labels.
     """
 
     base: Array
@@ -109,6 +110,7 @@ class Fit:
     n_labels: int
     noise: float
     left_out: tuple[LeftOut, ...]
+    energy_covariance: Array | None = None
 
     @property
     def readout(self) -> Array:
@@ -199,6 +201,7 @@ def fit(
         n_labels=len(labels),
         noise=settings.sigma_force * math.sqrt(best.factor),
         left_out=best.left_out,
+        energy_covariance=spread.covariance,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tumbaga.online import last_layer, quality, selection
+from tumbaga.online import energies, last_layer, quality, selection
 from tumbaga.online.anchors import pair_rows
 from tumbaga.online.calibration import TrackedQuantile, error_ratio, variance_factor
 from tumbaga.online.errors import UpdateRefusedError
@@ -49,12 +49,14 @@ class Proposal:
         covariance: their posterior covariance, shape (n_columns, n_columns), eV^2.
         metrics: JSON-compatible numbers for the record: labels used, errors before and after, what the checks said.
         ratios: largest error over its std of each held-out label (see `calibration.error_ratio`).
+        energy_covariance: see `energies.energy_std`.
     """
 
     readout: Array
     covariance: Array
     metrics: dict[str, object]
     ratios: tuple[float, ...] = ()
+    energy_covariance: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Learner:
         self._base = potential.readout()
         self._mean_h2 = potential.spec.mean_h2 or None
         prior = last_layer.fit([], self._base, self._settings, mean_h2=self._mean_h2 or 1.0)
-        self.readout, self.covariance = prior.readout, prior.covariance
+        self.readout, self.covariance, self.energy_covariance = prior.readout, prior.covariance, prior.energy_covariance
         self._gains, self._costs = Gains(prior.covariance, self._settings.sigma_force), Costs()
         self._models: dict[int, ForceRows] = {}
         self._fresh: list[int] = []  # frames with training labels that what serves does not know
@@ -112,14 +114,14 @@ class Learner:
 
     # -- versions --------------------------------------------------------------------------------------------------------------------
 
-    def serve(self, readout: Array, covariance: Array, ratios: Sequence[float] = ()) -> None:
+    def serve(self, readout: Array, covariance: Array, ratios: Sequence[float] = (), energy_covariance: Array | None = None) -> None:
         """A version serves now: scores refer to it, and frames that it made certain leave the queue.
 
         Args:
-            readout, covariance: of the version.
+            readout, covariance, energy_covariance: of the version.
             ratios: see `Proposal`.
         """
-        self.readout, self.covariance = readout, covariance
+        self.readout, self.covariance, self.energy_covariance = readout, covariance, energy_covariance
         self.scale, self.quantile = self._scale_of(covariance), self.quantile.after_swap(ratios)
         self._gains, self._fresh = Gains(covariance, self._settings.sigma_force), []
         waiting = self._store.pending()
@@ -143,7 +145,7 @@ class Learner:
             self.serve_base()
             return
         factor, ratios = self._calibrated(fitted.covariance, self._base)
-        self.serve(self._base, factor * fitted.covariance, ratios)
+        self.serve(self._base, factor * fitted.covariance, ratios, self._energies(fitted, self._base)[0])
 
     def _scale_of(self, covariance: Array) -> ScoreScale:
         """Force std for each unit of the score of atoms, from the last frames: each version has its own, and its first call needs it."""
@@ -324,8 +326,10 @@ class Learner:
         candidate = self.readout + factor * (fitted.readout - self.readout)
         verdict = last_layer.accept(fitted, train, held_out, self.readout, candidate, self._settings)
         variance, ratios = self._calibrated(fitted.covariance, candidate)
+        of_energies, energy_variance = self._energies(fitted, candidate)
         metrics |= {
             "variance_factor": variance,
+            "energy_variance_factor": energy_variance,
             "trust": factor,
             "noise_factor": fitted.noise_factor,
             "serving_rmse": _number(verdict.serving_rmse),
@@ -335,7 +339,7 @@ class Learner:
         }
         if not verdict.accepted:
             return Refusal(verdict.reason, metrics)
-        return Proposal(candidate, variance * fitted.covariance, metrics, ratios)
+        return Proposal(candidate, variance * fitted.covariance, metrics, ratios, of_energies)
 
     def _calibrated(self, covariance: Array, readout: Array) -> tuple[float, tuple[float, ...]]:
         """What the held-out labels say of a posterior: its `calibration.variance_factor`, and with that the ratio of each of them."""
@@ -346,6 +350,12 @@ class Learner:
         factor = variance_factor(missed, spread, sum(error.size for error in errors))
         pairs = zip(errors, stds, strict=True)
         return factor, tuple(error_ratio(error, np.zeros_like(error), math.sqrt(factor) * std) for error, std in pairs)
+
+    def _energies(self, fitted: last_layer.Fit, readout: Array) -> tuple[Array | None, float]:
+        """The covariance of energies, calibrated apart from that of forces, and its factor."""
+        change, covariance = readout - self._base, fitted.energy_covariance
+        factor = energies.energy_factor(self.sets[Role.TRAIN], self.sets[Role.HOLDOUT], change, covariance)
+        return None if covariance is None else factor * covariance, factor
 
     def _trusted_fit(self) -> last_layer.Fit:
         """The fit to all training labels, once those are back that the others contradict no longer, and those are set aside, the worst one

@@ -26,7 +26,7 @@ FOLDER = "versions"
 SERVING = "serving.json"
 NETWORK = "network"  # in the metadata: the `fingerprint` of what lies before the readout
 ORIGIN = "origin"  # in the metadata: that of the network with which the run began, where it is another one
-_READOUT, _COVARIANCE, _FACTS = "last_layer.readout", "last_layer.covariance", "tumbaga"
+_READOUT, _COVARIANCE, _ENERGIES, _FACTS = "last_layer.readout", "last_layer.covariance", "last_layer.energy_covariance", "tumbaga"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +38,14 @@ class LastLayer:
         covariance: posterior covariance of the weights, shape (n_columns, n_columns), float64, eV^2.
         facts: number, parent, counts, errors: JSON-compatible.
         metadata: of a file that was read, what the potential says of itself there.
+        energy_covariance: what `energies.energy_std` takes, float64, eV²; None where no label has said anything of energies.
     """
 
     readout: Array
     covariance: Array
     facts: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    energy_covariance: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def write(
     """
     facts = json.dumps({**layer.facts, "number": number}, sort_keys=True)
     own = {_READOUT: np.ascontiguousarray(layer.readout), _COVARIANCE: np.ascontiguousarray(layer.covariance)}
+    if layer.energy_covariance is not None:
+        own[_ENERGIES] = np.ascontiguousarray(layer.energy_covariance)
     told = {**metadata, _FACTS: facts}
     if network := fingerprint(tensors, layer.readout):
         told[NETWORK] = network
@@ -118,7 +122,14 @@ def read(path: Path) -> LastLayer:
     readout, covariance = tensors[_READOUT].astype(np.float64), tensors[_COVARIANCE].astype(np.float64)
     if covariance.shape != (readout.size, readout.size) or not (np.isfinite(readout).all() and np.isfinite(covariance).all()):
         raise VersionError(str(path), "holds a last layer of the wrong shape or with numbers that are not finite")
-    return LastLayer(readout, covariance, facts, metadata)
+    of_energies = tensors[_ENERGIES].astype(np.float64) if _ENERGIES in tensors else None
+    if of_energies is not None and not (_square(of_energies) and len(of_energies) > readout.size and np.isfinite(of_energies).all()):
+        raise VersionError(str(path), "holds an uncertainty of energies of the wrong shape or with numbers that are not finite")
+    return LastLayer(readout, covariance, facts, metadata, of_energies)
+
+
+def _square(matrix: Array) -> bool:
+    return matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -76,7 +76,7 @@ class Evaluated(Message, frozen=True, tag=True, array_like=True):
 
     With a committee three more: energies (frames, members) eV, forces (members, n, 3) eV/Å, virials (frames, members, 3, 3) eV.
     `steps` holds E(second version) - E(first version) of each frame's mix, eV: what a ramp needs for its work. `exhausted` says that the
-    error was a lack of memory.
+    error was a lack of memory. `energy_stds` holds the standard deviation of each total energy, eV, NaN where it is not known.
     """
 
     batch: int
@@ -85,6 +85,7 @@ class Evaluated(Message, frozen=True, tag=True, array_like=True):
     seconds: float
     error: str = ""
     exhausted: bool = False
+    energy_stds: list[float] = []
 
 
 # -- gateway <-> learner -----------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def as_run(folder: Path, dtype: str = "float64", scale: float | None = 0.7) -> P
     covariance = Slot(painn).covariance(0)
     for number in (0, 2, SERVED):
         change = 0.0 if number == 0 else 0.01 * np.random.default_rng(number).standard_normal(painn.spec.n_columns)
-        layer = LastLayer(painn.readout() + change, covariance / (1.0 + number))
+        root = np.random.default_rng(number).standard_normal((len(covariance) + 4, 9))
+        layer = LastLayer(painn.readout() + change, covariance / (1.0 + number), energy_covariance=1e-6 * root @ root.T if number else None)
         file = versions.write(folder, number, painn.state(layer.readout), layer, painn.metadata)
     told = {"version": SERVED, "path": file.path, "lpr_scale": scale, "quantile": 2.0}
     (folder / versions.FOLDER / versions.SERVING).write_text(json.dumps(told))
@@ -156,6 +157,7 @@ def test_the_numbers_are_those_of_a_server(tmp_path: Path, socket_name: str, sca
                 assert told["version"].startswith("3-")
                 assert told["force_std"] == pytest.approx(calc.results["force_std"], rel=SAME)
                 assert told["force_std_atom"] == calc.results["force_std_atom"]
+                assert told["energy_std"] == pytest.approx(calc.results["energy_std"], rel=SAME)
         assert server.stop() == 0
 
 

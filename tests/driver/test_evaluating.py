@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tumbaga.driver import evaluating, softening
+from tumbaga.driver import evaluating, evaluating_text, softening
 from tumbaga.driver.backends import painn, registry
 from tumbaga.driver.errors import ConfigError, PotentialError
 from tumbaga.online import last_layer, versions
@@ -163,6 +163,30 @@ def test_a_version_brings_its_own_posterior_and_multiplier(tmp_path: Path, poten
     other = evaluating.last_layer_of(learnt, path)
     assert other is not None
     assert other.multiplier == 2.0
+
+
+@pytest.mark.slow
+def test_energies_of_a_version_have_a_coverage_of_their_own(tmp_path: Path, potential: painn.PaiNN, few: list[LabelledFrame]) -> None:
+    """Shares of frames whose energy, offsets added, is within so many of its standard deviations; nothing of a version of before."""
+    readout, n = potential.readout(), potential.spec.n_columns
+    root = 0.02 * np.random.default_rng(0).standard_normal((n + len(potential.spec.elements), 40)) / math.sqrt(n)
+    layer = versions.LastLayer(readout, 1e-4 * np.eye(n), energy_covariance=root @ root.T)
+    file = versions.write(tmp_path, 1, potential.state(readout), layer, potential.metadata)
+    found, judged = evaluating.evaluate(potential, few, evaluating.last_layer_of(potential, tmp_path / file.path))
+    assert found.uncertainty is not None
+
+    added, inside, ratios = found.offsets, 0, []
+    for one in judged:
+        phi, counts = potential.force_rows(one.frame).phi, [float((one.frame.numbers == z).sum()) for z in potential.spec.elements]
+        std = float(np.linalg.norm(np.append(phi, counts) @ root))
+        ratios.append(abs(one.energy + added.of(one.frame) - one.label.energy) / std)
+        inside += ratios[-1] <= 1.6448536269514722
+    assert {one.promised: one.found for one in found.uncertainty.energies}[0.9] == pytest.approx(inside / len(judged))
+    assert found.uncertainty.energy_factor == pytest.approx(math.sqrt(math.pi / 2) * float(np.mean(ratios)))
+    assert any("energies, offsets added, within" in line for line in evaluating_text.sentences(found))
+    before, _ = evaluating.evaluate(potential, few, evaluating.last_layer_of(potential, None))
+    assert before.uncertainty is not None
+    assert before.uncertainty.energies == []
 
 
 def test_a_potential_without_a_readout_has_no_uncertainty(few: list[LabelledFrame]) -> None:

@@ -66,14 +66,15 @@ def job(session: str = "s", ticket: int = 1, atoms: int = 2, mix: tuple[int, int
 
 
 def answer(batch: int, *atoms: int, error: str = "") -> tuple[bus.Evaluated, list[bytes]]:
-    """Frame i has energy i, forces i + 0.5, virial i, lpr i; the step is 10 i."""
+    """Frame i has energy i, forces i + 0.5, virial i, lpr i; the step is 10 i, the std of the energy 0.1 i."""
     if error:
         return bus.Evaluated(batch, [], [], 0.0, error), []
     places = range(len(atoms))
     forces = np.concatenate([np.full((n, 3), i + 0.5) for i, n in enumerate(atoms)])
     virials = np.stack([np.full((3, 3), float(i)) for i in places])
     lpr = np.concatenate([np.full(n, float(i)) for i, n in enumerate(atoms)])
-    message = bus.Evaluated(batch, [float(i) for i in places], [10.0 * i for i in places], 0.0)
+    stds = [0.1 * i for i in places]
+    message = bus.Evaluated(batch, [float(i) for i in places], [10.0 * i for i in places], 0.0, energy_stds=stds)
     return message, [array.tobytes() for array in (forces, virials, lpr)]
 
 
@@ -110,6 +111,7 @@ def test_frames_of_any_size_travel_as_one_batch(pool: Pool, line: Line) -> None:
         assert outcome.prediction.forces.tolist() == np.full((len(jobs[i].frame), 3), i + 0.5).tolist()
         assert outcome.prediction.virial.tolist() == np.full((3, 3), float(i)).tolist()
         assert outcome.lpr.tolist() == [i] * len(jobs[i].frame)
+        assert outcome.energy_std == 0.1 * i
 
 
 def test_nobody_to_work_is_no_loss(pool: Pool, line: Line) -> None:

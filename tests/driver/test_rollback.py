@@ -273,6 +273,7 @@ def test_two_bad_audits_in_a_row_withdraw_a_version_that_made_things_worse(bench
     audits = bench.learner._store.audits()
     assert [(audit.version, audit.promised) for audit in audits] == [(4, 0.01)] * 2
     assert all(audit.force_max > audit.force_rmse > 0 for audit in audits)
+    assert bench.learner._watch.coverage(0.9) == {"audits": 2, "within": 0, "promised": 0.9}
     (event,) = bench.learner._store.events(rolling_back.EVENT)
     assert "far beyond what it said of itself, and version 3 is nearer to the labels" in event["reason"]
 

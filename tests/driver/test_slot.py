@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,23 @@ def test_the_score_is_that_of_the_new_version(slot: Slot, toy: ToyTrainable, tmp
 
     assert features is not None
     np.testing.assert_allclose(answer.lpr, atom_lpr(features, species_index(one.numbers, ELEMENTS), blocks), rtol=1e-6)
+
+
+def test_the_energy_is_as_sure_as_the_new_version_says(slot: Slot, toy: ToyTrainable, tmp_path: Path) -> None:
+    """√(xᵀCx) of the summed features of each element and the atoms of each; not known of the base; of another width it is refused."""
+    root = np.random.default_rng(4).standard_normal((10, 10))
+    layer = LastLayer(weights(1), np.eye(8), energy_covariance=root @ root.T)
+    slot.load(1, tmp_path / versions.write(tmp_path, 1, {"readout": weights(1)}, layer, {}).path, ())
+    one = frame(waters=2)
+    base, ramped = slot.answer([one, one], [(0, 0, 1.0), (0, 1, 0.1)])
+    inputs = np.append(toy.force_rows(one).phi, [4.0, 2.0])
+
+    assert math.isnan(base.energy_std)
+    assert ramped.energy_std == pytest.approx(float(np.linalg.norm(inputs @ root)))
+    wide = LastLayer(weights(2), np.eye(8), energy_covariance=np.eye(11))
+    with pytest.raises(VersionError, match="another number of elements"):
+        slot.load(2, tmp_path / versions.write(tmp_path, 2, {"readout": weights(2)}, wide, {}).path, ())
+    assert slot.held == (0, 1)
 
 
 def test_the_base_serves_before_any_version(slot: Slot, toy: ToyTrainable) -> None:

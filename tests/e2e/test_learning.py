@@ -79,6 +79,7 @@ def test_a_run_swaps_in_what_it_learns(start: Callable[..., Program], store: Cal
     others = {"running": 0, "converged": 0, "failed": 0, "quarantined": 0}
     assert status["labels"] | {"converged": 0} == {"pending": status["labels"]["pending"], **others}
     assert status["errors"] == []
+    assert status["coverage"]["promised"] == pytest.approx(0.9)
 
     assert table(program)[-1, 0] == 1500
     assert np.isfinite(table(program)).all()
@@ -97,6 +98,7 @@ def test_a_run_swaps_in_what_it_learns(start: Callable[..., Program], store: Cal
         assert version.state == ("served" if version.number <= status["serving_version"] else "accepted")
         file = program.run_dir / version.file
         assert versions.read(file).facts["parent"] == version.parent
+        assert (versions.read(file).energy_covariance is None) == (version.number == 0)
         made = registry.load(f"painn:{file}", "cpu", "float64").predict([template])[0]
         same = np.allclose(made.forces, base.forces, atol=1e-9)
         assert same == (version.number == 0)

@@ -78,6 +78,7 @@ def test_dynamics_through_a_server_are_those_in_the_process(folder: Path, atoms:
         assert calc.results["force_std"] == pytest.approx(alone.calc.results["force_std"], rel=1e-8)
         for same in ("force_std_atom", "version"):
             assert calc.results[same] == alone.calc.results[same]
+        assert np.isnan(calc.results["energy_std"])  # no label has said anything of energies
         with pytest.raises(PropertyNotImplementedError, match="not periodic"):
             atoms.get_stress()
         until(lambda: calc.status()["force_calls"] == 6, 5.0, "the calls to be counted")

@@ -95,6 +95,23 @@ def test_it_learns(bench: Bench, cluster: Callable[..., Frame]) -> None:
     assert after < LEARNT
 
 
+def test_energies_are_calibrated_apart_from_forces(bench: Bench, cluster: Callable[..., Frame]) -> None:
+    """Held-out labels whose energies are off by 0.1 eV an atom, each by another sign, widen what is said of energies, and nothing of forces."""
+    bench.learn([cluster() for _ in range(11)])
+    before, held_out = proposal(bench.learner), bench.learner.sets[Role.HOLDOUT]
+    held_out[:] = [replace(one, energy_label=one.energy_label + 0.6 * (-1) ** k) for k, one in enumerate(held_out)]
+    made = proposal(bench.learner)
+
+    assert made.metrics["variance_factor"] == before.metrics["variance_factor"]
+    widened = made.metrics["energy_variance_factor"] / before.metrics["energy_variance_factor"]  # type: ignore[operator]
+    assert widened > 10
+    assert before.energy_covariance is not None
+    assert made.energy_covariance is not None
+    np.testing.assert_allclose(made.energy_covariance, widened * before.energy_covariance)
+    bench.learner.serve(made.readout, made.covariance, made.ratios, made.energy_covariance)
+    assert bench.learner.energy_covariance is made.energy_covariance
+
+
 def test_it_learns_from_the_first_label(bench: Bench, cluster: Callable[..., Frame]) -> None:
     """One label already makes a proposal whose error on that label is smaller than the base's."""
     bench.learn([cluster()])

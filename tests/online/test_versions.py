@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,23 @@ def test_a_last_layer_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     assert found.readout.tobytes() == made.readout.tobytes()
     assert found.covariance.tobytes() == made.covariance.tobytes()
     assert found.facts == {"parent": 2, "labels": 5, "number": 12}
+
+
+def test_what_is_known_of_energies_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    """It stands in the file where there is something to know, and files of before have none."""
+    made = replace(layer(), energy_covariance=np.random.default_rng(2).standard_normal((6, 6)))
+    found = versions.read(tmp_path / written(tmp_path, made).path)
+
+    assert found.energy_covariance is not None
+    assert found.energy_covariance.tobytes() == made.energy_covariance.tobytes()
+    assert versions.read(tmp_path / written(tmp_path).path).energy_covariance is None
+
+
+@pytest.mark.parametrize("unsound", [np.eye(4), np.ones((5, 6)), np.ones(25), np.full((5, 5), np.nan)])
+def test_unsound_uncertainties_of_energies_are_refused(tmp_path: Path, unsound: np.ndarray) -> None:
+    """No wider than the readout, not square, or not finite."""
+    with pytest.raises(VersionError, match="uncertainty of energies of the wrong shape or with numbers that are not finite"):
+        versions.read(tmp_path / written(tmp_path, replace(layer(), energy_covariance=unsound)).path)
 
 
 def test_a_version_is_named_by_number_and_content(tmp_path: Path) -> None:
