@@ -77,7 +77,8 @@ class Flag(_Section, frozen=True):
     Attributes:
         force_error: the force error to hold, eV/Å; frames whose calibrated uncertainty is above it are labelled.
         spacing: steps between two flagged frames of a session, at least.
-        audit_every: mean number of steps between random audits.
+        audit_every: mean number of steps between random audits; up to 25 times as many once learn.converged_audits of the version that serves
+            were within force_error.
     """
 
     force_error: float = 0.15

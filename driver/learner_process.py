@@ -133,13 +133,15 @@ class LearnerProcess:
         numbers = bus.array(buffers[0], np.int64, (-1,))
         positions, forces = bus.array(buffers[1], np.float64, (-1, 3)), bus.array(buffers[3], np.float64, (-1, 3))
         frame = Frame(numbers, positions, bus.array(buffers[2], np.float64, (3, 3)), message.periodic)
-        known = self._learner.scale.known
+        known, step = self._learner.scale.known, self._recorder.number(message.session, message.step)
+        if message.reason == Reason.AUDIT.value and not self._watch.wants(message.session, step, self._lineage.number):
+            return
         found = self._store.label_state(frame.key) if message.ticket else None
         if found is None or found[1] == "dropped":  # else an engine that waits for it asks once more
             self._learner.candidate(
                 frame,
                 session=message.session,
-                step=self._recorder.number(message.session, message.step),
+                step=step,
                 reason=Reason(message.reason),
                 score=message.score,
                 version=message.version,

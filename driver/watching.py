@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from tumbaga.driver import config as configs
 from tumbaga.driver import version_errors
@@ -77,6 +78,17 @@ class Watch:
             said = {"version": verdict.version, "steps": verdict.steps, "production": verdict.production, "why": verdict.why}
             self._store.add_event(event, **said)
             self._tell(event, **said)
+
+    def wants(self, session: str, step: int, serving: int) -> bool:
+        """Whether a frame that was picked at random is to be labelled; not each is where enough of them say that the version does well.
+
+        Args:
+            session: that it is of.
+            step: its number there: the same frame gets the same answer.
+            serving: number of the version that serves.
+        """
+        rarer = auditing.rarer(self._store.audits(), serving, self._target, self._settings.learn.converged_audits)
+        return crc32(f"{self._settings.seed} {session} {step}".encode()) % rarer == 0
 
     def coverage(self, promised: float) -> dict[str, Any]:
         """For the status: how many of the last audits were within what was told, beside the share that was promised."""

@@ -13,6 +13,7 @@ from tumbaga.online.store import Audit, Store
 
 BEYOND: Final = 3.0  # times the calibrated uncertainty: with 90 % coverage of a normal error, one of a million
 LAST: Final = 50  # audits that say how well the uncertainty holds what it promises: of more, many were served by versions long gone
+RAREST: Final = 25  # at least one of so many frames picked at random is labelled, however well the others before did
 IN_A_ROW: Final = 2  # a single one may be a doubtful label, or a frame of a kind that was never seen
 
 
@@ -32,6 +33,26 @@ def audit_of(store: Store, frame_id: int, method: str, ratio: float) -> Audit | 
     errors = stored.label.forces - flag.forces
     largest = float(np.linalg.norm(errors, axis=1).max())
     return Audit(frame_id, stored.id, flag.version, float(np.sqrt(np.mean(errors**2))), largest, min(ratio, 1e300), flag.score)
+
+
+def rarer(audits: Sequence[Audit], version: int, target: float, settled: int) -> int:
+    """Return how many times rarer than usual an audit of the version that serves is wanted: labels are dear, and a run may last for weeks.
+
+    Each one that was as good as the user wants, beyond those that say that learning is done, halves how often there is another; one that was
+    not brings all of them back.
+
+    Args:
+        audits: of all versions, in their order.
+        version: that serves.
+        target: the user's force error, eV/Å.
+        settled: good ones in a row that are wanted first.
+    """
+    good = 0
+    for audit in reversed([audit for audit in audits if audit.version == version]):
+        if not audit.force_max <= target:
+            break
+        good += 1
+    return min(RAREST, 1 << min(max(0, good - settled), 10))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Limits:
         force_error: the accuracy to hold, eV/Å; uncertain frames above it are labelled.
         budget: labels at most, over the life of the run directory.
         core_hours: time that all labels together may take, cores times hours; 0 for no limit.
-        audit_share: share of all labels that audits may take; half of it is kept for them.
+        audit_share: share of the budget that audits may take, and of the labels so far as long as other frames wait; half of it is kept for
+            them.
         queue: frames that may wait.
         low_ratio: waiting frames whose score fell below this part of force_error are dropped.
     """
@@ -121,7 +122,9 @@ def admit(
         return Admission(None, spent)
     if reason is Reason.UNCERTAIN and score <= (threshold := spending.threshold(limits)):
         return Admission(None, f"force uncertainty {score:.3f} eV/Å from force rows is within {threshold:g}")
-    if reason is Reason.AUDIT and audits >= max(1.0, limits.audit_share * max(accepted, limits.budget / 10)):
+    # where nothing else wants a label an audit takes it from nobody
+    shared = max(accepted, limits.budget / 10) if queued else limits.budget
+    if reason is Reason.AUDIT and audits >= max(1.0, limits.audit_share * shared):
         return Admission(None, "the share of audits is used up for now")
     role = Role.HOLDOUT if reason is Reason.AUDIT else Role.TRAIN
     if len(queued) < limits.queue:

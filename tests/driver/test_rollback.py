@@ -278,6 +278,30 @@ def test_two_bad_audits_in_a_row_withdraw_a_version_that_made_things_worse(bench
     assert "far beyond what it said of itself, and version 3 is nearer to the labels" in event["reason"]
 
 
+def test_few_audits_are_labelled_where_all_of_them_are_good(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After seven good ones a quarter of the frames that are picked at random is taken, the same at each start, and nothing is kept of the others;
+    frames picked for other reasons are taken as ever.
+    """
+    monkeypatch.setattr(bench.learner._watch, "_target", 1e9)
+    for place in range(7):
+        bench.labelled(place, Reason.AUDIT, score=1e9)
+    asked, store = range(2000, 2060), bench.learner._store
+
+    def flagged(step: int, reason: Reason) -> bool:
+        before = store.counts()["flags"]
+        frame = Frame(WATER.numbers, WATER.positions * (1.0 + 1e-4 * step + 1e-5 * (reason is Reason.AUDIT)))
+        message = bus.Candidate("s", step, reason.value, 1e9, 1.0, 4, False, 0.0, 0)
+        bench.learner._gateway_message(message, [a.tobytes() for a in (frame.numbers, frame.positions, frame.cell, np.zeros((3, 3)))])
+        return bool(store.counts()["flags"] > before)
+
+    taken = [step for step in asked if flagged(step, Reason.AUDIT)]
+    assert 5 <= len(taken) <= 25
+    assert taken == [step for step in asked if bench.learner._watch.wants("s", step, 4)]
+    assert flagged(max(asked), Reason.UNCERTAIN)
+    assert sum(bench.learner._watch.wants("s", step, 4) for step in range(20_000)) == pytest.approx(5000, abs=250)
+    assert all(bench.learner._watch.wants("s", step, 3) for step in asked)  # of another version nothing is known
+
+
 def audit(promised: float, error: float, version: int = 4) -> Audit:
     return Audit(1, 1, version, error / 3, error, 1.0, promised)
 

@@ -96,13 +96,17 @@ def test_first_frames_and_audits_need_no_uncertainty(reason: Reason) -> None:
 
 
 def test_audits_have_their_share() -> None:
-    """At least one audit is accepted, and after that a fifth of all labels at most."""
-    many = {Role.TRAIN: 30, Role.HOLDOUT: 10}
+    """At least one audit is accepted, and after that a fifth of all labels at most as long as other frames wait; else a fifth of the budget."""
+    few, many, others = {Role.TRAIN: 1, Role.HOLDOUT: 1}, {Role.TRAIN: 22, Role.HOLDOUT: 8}, [waits(1, 0.5)]
 
-    assert admit(Reason.AUDIT, 0.0, [], NOBODY, 0, LIMITS).role is Role.HOLDOUT
-    assert admit(Reason.AUDIT, 0.0, [], {Role.TRAIN: 1, Role.HOLDOUT: 1}, 1, LIMITS).role is None
-    assert admit(Reason.AUDIT, 0.0, [], many, 7, LIMITS).role is Role.HOLDOUT
-    assert admit(Reason.AUDIT, 0.0, [], many, 8, LIMITS).role is None
+    for queue in ([], others):
+        assert admit(Reason.AUDIT, 0.0, queue, NOBODY, 0, LIMITS).role is Role.HOLDOUT
+    assert admit(Reason.AUDIT, 0.0, others, few, 1, LIMITS).role is None
+    assert admit(Reason.AUDIT, 0.0, others, many, 5, LIMITS).role is Role.HOLDOUT
+    assert admit(Reason.AUDIT, 0.0, others, many, 6, LIMITS).role is None
+    assert admit(Reason.AUDIT, 0.0, [], few, 1, LIMITS).role is Role.HOLDOUT
+    assert admit(Reason.AUDIT, 0.0, [], many, 9, LIMITS).role is Role.HOLDOUT
+    assert admit(Reason.AUDIT, 0.0, [], many, 10, LIMITS).role is None
 
 
 def test_a_full_queue_keeps_the_most_uncertain() -> None:
