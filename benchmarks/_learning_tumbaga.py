@@ -107,7 +107,7 @@ class Enough:
             self._labels, self._labelled_at = labels, step
         orders = len(list((run / finetuning.FOLDER).glob("*")))
         seen = (labels, orders, status["versions"], status["serving_version"])
-        if seen != self._seen or finetuning.open_order(run) is not None:
+        if seen != self._seen or finetuning.under_way(run):
             self._seen, self._since = seen, time.perf_counter()
         waiting = status["labels"]["pending"] + status["labels"]["running"]
         expected = labels < self._budget and (waiting or step - self._labelled_at < QUIET_STEPS)

@@ -156,7 +156,7 @@ class Enough:
         orders = len(list((run / finetuning.FOLDER).glob("*")))
         labels = status["labels"]
         seen: Any = (tuple(labels.values()), orders, status["versions"], status["serving_version"])
-        if seen != self._seen or finetuning.open_order(run) is not None or labels["running"]:
+        if seen != self._seen or finetuning.under_way(run) or labels["running"]:
             self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since > SETTLED_S
 

@@ -204,7 +204,7 @@ def with_stds(
 def last_layer_of(potential: Potential, file: Path | None) -> LastLayer | None:
     """Return what is known of a potential's readout: from its version file, if it was loaded from one, else the prior alone.
 
-    The multiplier is that of the run which serves the version, where its directory says so, else that with which a run starts.
+    The multiplier is that of the run which serves the version, where its directory says so, else that with which the version began to serve.
 
     Args:
         potential: any; None is returned for one without a readout.
@@ -225,7 +225,9 @@ def last_layer_of(potential: Potential, file: Path | None) -> LastLayer | None:
         return LastLayer(prior, start.q, promised, f"the prior of the last layer, as a run starts{scale}")
     multiplier, told = (_multiplier(file) if file is not None else None), "the version's posterior and the multiplier of its run"
     if multiplier is None:
-        multiplier, told = start.q, "the version's posterior; the multiplier is that with which a run starts"
+        known = layer.facts.get(versions.QUANTILE)
+        multiplier, whose = (float(known), "it began") if isinstance(known, float) else (start.q, "a run starts")
+        told = f"the version's posterior; the multiplier is that with which {whose}"
     return LastLayer(layer.covariance, multiplier, promised, told, layer.energy_covariance)
 
 

@@ -97,6 +97,12 @@ def open_order(run_dir: Path) -> Order | None:
     return None if last is None or (last.folder(run_dir) / _RESULT).exists() else last
 
 
+def under_way(run_dir: Path) -> bool:
+    """Whether an order waits for its result, or what came of it for the learner, who loads it and fits its readout: seconds with a large one."""
+    last = newest(run_dir)
+    return last is not None and (open_order(run_dir) is not None or (last.folder(run_dir) / CANDIDATE).exists())
+
+
 def result(run_dir: Path, order: Order) -> Result | None:
     """What came of an order; None while it is under way."""
     path = order.folder(run_dir) / _RESULT

@@ -193,7 +193,8 @@ class Lineage:
         if made_by == self._store.version_labels(self.number):
             return  # the label that came was set aside
         number = self._next_number()
-        facts = {"parent": self.number, **proposal.metrics}
+        multiplier = self.learner.quantile.after_swap(proposal.ratios).q
+        facts = {"parent": self.number, versions.QUANTILE: multiplier, **proposal.metrics}
         layer = LastLayer(proposal.readout, proposal.covariance, facts, energy_covariance=proposal.energy_covariance)
         state = self.potential.state(proposal.readout)
         file = versions.write(self._run_dir, number, state, layer, self.potential.metadata, self._origin)
@@ -229,7 +230,7 @@ class Lineage:
         learner.settle()
         result = self._judged_now(result, learner)
         number = self._next_number()
-        facts = {"parent": result.order.parent, **(result.metrics or {})}
+        facts = {"parent": result.order.parent, versions.QUANTILE: learner.quantile.q, **(result.metrics or {})}
         layer = LastLayer(learner.readout, learner.covariance, facts, energy_covariance=learner.energy_covariance)
         file = versions.write(self._run_dir, number, potential.state(), layer, potential.metadata, self._origin)
         state = "accepted" if result.passed else "refused"

@@ -25,6 +25,7 @@ from tumbaga.online.records import Array
 FOLDER = "versions"
 SERVING = "serving.json"
 NETWORK = "network"  # in the metadata: the `fingerprint` of what lies before the readout
+QUANTILE = "quantile"  # in the facts: the multiplier of the calibration with which the version began
 ORIGIN = "origin"  # in the metadata: that of the network with which the run began, where it is another one
 _READOUT, _COVARIANCE, _ENERGIES, _FACTS = "last_layer.readout", "last_layer.covariance", "last_layer.energy_covariance", "tumbaga"
 

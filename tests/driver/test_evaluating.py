@@ -163,6 +163,12 @@ def test_a_version_brings_its_own_posterior_and_multiplier(tmp_path: Path, poten
     other = evaluating.last_layer_of(learnt, path)
     assert other is not None
     assert other.multiplier == 2.0
+    began = versions.LastLayer(readout, 1e-4 * np.eye(n), {versions.QUANTILE: 4.5})
+    before = evaluating.last_layer_of(
+        learnt, tmp_path / versions.write(tmp_path, 2, potential.state(readout), began, potential.metadata).path
+    )
+    assert before is not None
+    assert (before.multiplier, before.told) == (4.5, "the version's posterior; the multiplier is that with which it began")
 
 
 @pytest.mark.slow
