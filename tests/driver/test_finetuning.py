@@ -43,8 +43,10 @@ def test_an_order_is_open_until_its_result_is_there(tmp_path: Path) -> None:
 
 
 def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
-    """Checks with their numbers, the reason, and the candidate only while it is there."""
+    """Checks with their numbers, the reason, and the candidate only while it is there: so long it is under way."""
+    assert not finetuning.under_way(tmp_path)
     finetuning.put_order(tmp_path, ORDER)
+    assert finetuning.under_way(tmp_path)
     given = Result(ORDER, False, "audits: worse", CHECKS, {"epochs": 3})
     finetuning.put_result(tmp_path, given)
     found = finetuning.result(tmp_path, ORDER)
@@ -54,7 +56,9 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     weights.write_bytes(b"weights")
     checkpoint.write_bytes(b"state")
     assert found.candidate(tmp_path) == weights
+    assert finetuning.under_way(tmp_path)
     finetuning.clear(tmp_path, ORDER)
+    assert not finetuning.under_way(tmp_path)
     assert not weights.exists()
     assert not checkpoint.exists()
     assert finetuning.result(tmp_path, ORDER) == given
