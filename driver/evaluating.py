@@ -42,7 +42,8 @@ class LastLayer:
         multiplier: how many standard deviations cover the largest force error of a frame in `promised` of the frames.
         promised: share of frames.
         told: where both come from.
-        energy_covariance: see `tumbaga.online.energies.energy_std`.
+        energy_covariance: of readout and offsets, shape (n_columns + n_species, n_columns + n_species), eV²; None where
+            no label has said anything of energies.
     """
 
     covariance: Array

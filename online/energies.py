@@ -38,10 +38,17 @@ def energy_std(phi: Array, composition: Array, covariance: Array | None) -> floa
     return math.sqrt(max(float(inputs @ covariance @ inputs), 0.0))
 
 
-def offsets(labels: Sequence[Labelled], change: Array) -> Array:
-    """Return the energy per atom of each element between labels and base + change, least squares of minimum norm, shape (n_species,), eV."""
+def offsets(labels: Sequence[Labelled], change: Array | None = None) -> Array:
+    """Return the energy per atom of each element between labels and potential, least squares of minimum norm, shape (n_species,), eV.
+
+    Args:
+        labels: at least one.
+        change: of the readout since the base that the labels were joined with, shape (n_columns,), eV; None for none.
+    """
     compositions = np.array([one.composition for one in labels])
-    missed = np.array([one.energy_label - one.energy_base - float(one.phi @ change) for one in labels])
+    missed = np.array([one.energy_label - one.energy_base for one in labels])
+    if change is not None:
+        missed -= np.array([float(one.phi @ change) for one in labels])
     solution: Array = np.linalg.lstsq(compositions, missed, rcond=1e-10)[0]
     return solution
 

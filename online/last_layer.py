@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tumbaga.online import energies
 from tumbaga.online.errors import UpdateRefusedError
 from tumbaga.online.labelled import Labelled, LeftOut, force_rmse, labelled, largest_residual, mean_row_norm2
 from tumbaga.online.records import Array
@@ -181,7 +182,8 @@ def fit(
             settings.sigma_force,
             (),
         )
-    shift = _offset_estimate(labels)
+    # before anything else: all-electron totals are -5e4 eV and more, a prior of 1 eV around zero would fight them
+    shift = energies.offsets(labels)
     equations = _Equations.of(labels, shift, prior, settings, anchors)
     factors = settings.noise_factors if len(labels) >= settings.choose_from else (settings.first_factor,)
     solutions = [equations.solve(factor) for factor in factors]
@@ -303,17 +305,6 @@ def _whitened(one: Labelled, shift: Array, settings: Settings) -> tuple[Array, A
     block[-1, :n_columns], block[-1, n_columns:] = one.phi * weight, one.composition * weight
     energy = (one.energy_label - one.energy_base) - float(one.composition @ shift)
     return block, np.append(one.residual().ravel() / settings.sigma_force, energy * weight)
-
-
-def _offset_estimate(labels: Sequence[Labelled]) -> Array:
-    """Least-squares, minimum-norm energy per atom of each species, shape (n_species,), eV.
-
-    Taken off before anything else: all-electron totals are -5e4 eV and more, a prior of 1 eV around zero would fight them.
-    """
-    compositions = np.array([one.composition for one in labels])
-    energies = np.array([one.energy_label - one.energy_base for one in labels])
-    solution: Array = np.linalg.lstsq(compositions, energies, rcond=1e-10)[0]
-    return solution
 
 
 def _marginal(precision: Array, n_columns: int) -> Array:

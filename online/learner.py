@@ -49,7 +49,8 @@ class Proposal:
         covariance: their posterior covariance, shape (n_columns, n_columns), eV^2.
         metrics: JSON-compatible numbers for the record: labels used, errors before and after, what the checks said.
         ratios: largest error over its std of each held-out label (see `calibration.error_ratio`).
-        energy_covariance: see `energies.energy_std`.
+        energy_covariance: of readout and offsets, shape (n_columns + n_species, n_columns + n_species), eV²; None where
+            no label has said anything of energies.
     """
 
     readout: Array

@@ -39,7 +39,8 @@ class LastLayer:
         covariance: posterior covariance of the weights, shape (n_columns, n_columns), float64, eV^2.
         facts: number, parent, counts, errors: JSON-compatible.
         metadata: of a file that was read, what the potential says of itself there.
-        energy_covariance: what `energies.energy_std` takes, float64, eV²; None where no label has said anything of energies.
+        energy_covariance: of readout and offsets, shape (n_columns + n_species, n_columns + n_species), float64, eV²; None
+            where no label has said anything of energies.
     """
 
     readout: Array

@@ -126,9 +126,8 @@ Text at the end of FORCEREADY. From tumbaga it is empty, or one JSON object in U
 
 Keys that tumbaga sends as a server: `tumbaga` (an object with version, force_std, policy and more), and the flat numbers
 `tumbaga_force_std` (eV/Å), `tumbaga_energy_std` (eV), `tumbaga_version`, `tumbaga_swap_work` (eV) for the columns of i-PI's `extra_type`; on
-request
-`committee_pot`, `committee_force`, `committee_virial` in atomic units for i-PI's `ffcommittee`. Extras that tumbaga receives may be anything
-within the limit: nothing, one NUL, text, JSON.
+request `committee_pot`, `committee_force`, `committee_virial` in atomic units for i-PI's `ffcommittee`. Extras that tumbaga receives may be
+anything within the limit: nothing, one NUL, text, JSON.
 """
 
 LIMITS: Final = """

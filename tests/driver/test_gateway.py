@@ -45,6 +45,8 @@ def test_every_force_is_traceable(mix: Mix) -> None:
 def test_extras_have_the_same_keys_in_and_out_of_a_ramp() -> None:
     """An engine that asks for a key by name finds it in every answer, and none of them is one that i-PI dies of."""
     keys = {check_extras(extras("0-base", mix, 1e6, -1, 0.0)) for mix in MIXES}
+    # an energy of which nothing is known is a number, too
+    assert {json.loads(extras("0-base", mix, 1e6, -1, 0.0))["tumbaga_energy_std"] for mix in MIXES} == {1e6}
 
     assert len(keys) == 1
 
