@@ -152,7 +152,9 @@ def _coverage(status: dict[str, Any]) -> list[str]:
     found = status.get("coverage", {})
     if not found.get("audits"):
         return []
-    return [f"{found['within']} of the last {found['audits']} audits were within what was told ({found['promised']:.0%} promised)"]
+    return [
+        f"{found['within']} of the last {found['audits']} frames picked at random were as near to their labels as was told ({found['promised']:.0%} promised)"
+    ]
 
 
 def _errors(rmse: dict[str, Any]) -> list[str]:

@@ -186,11 +186,11 @@ def test_the_noise_of_labels_is_told(tmp_path: Path) -> None:
 
 def test_what_the_uncertainty_promised_is_held_against_what_audits_found(tmp_path: Path) -> None:
     """In the status and at the end; nothing is said as long as there is no audit."""
-    told = "11 of the last 12 audits were within what was told (90% promised)"
+    told = "11 of the last 12 frames picked at random were as near to their labels as was told (90% promised)"
     found, none = (status(coverage={"audits": audits, "within": 11, "promised": 0.9}) for audits in (12, 0))
 
     assert told in display.status_text(tmp_path, found)
-    assert "audits" not in display.status_text(tmp_path, none)
+    assert "picked at random" not in display.status_text(tmp_path, none)
     Store(tmp_path / FILE).close()
     assert told in display.summary(tmp_path, found, [])
-    assert "audits" not in display.summary(tmp_path, none, [])
+    assert "picked at random" not in display.summary(tmp_path, none, [])
