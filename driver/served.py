@@ -72,13 +72,14 @@ class ServedCalculator(SocketIOCalculator):  # type: ignore[misc] # ASE has no t
         self._frame, self._lost = frame, ""
         name = f"tumbaga-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._socket = Path(actualunixsocketname(name))
-        super().__init__(unixsocket=name)
+        self._log = run_dir / LOGS / LOG
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
         try:
-            self._log = run_dir / LOGS / LOG
-            self._log_start = self._log.stat().st_size if self._log.exists() else 0
+            # before there is a socket: a script that is killed leaves its file to this process, which may dial too early and dials again
             self._process, released = _started(run_dir, self._socket, self._log)
             # also at the end of the interpreter, and when nobody holds the calculator any more
             self._end = weakref.finalize(self, _stop, self._process, released, os.getpid())
+            super().__init__(unixsocket=name)
             self._await_server(time.monotonic() + timeout)
         except BaseException:
             self.close()

@@ -20,12 +20,15 @@ def tie(number: int, parent: int) -> None:
     Args:
         number: of the signal.
         parent: process id of the parent when this process was started.
+
+    Raises:
+        SystemExit: it has ended.
     """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
-        os._exit(1)
+        sys.exit(1)
 
 
 def adopt(orphans: bool = True) -> None:

@@ -43,17 +43,18 @@ def atoms() -> Atoms:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the test works; in the end nothing runs there, and the test's sockets are gone."""
     monkeypatch.chdir(tmp_path)
+    earlier = sockets_of_the_dead()
     yield tmp_path
     until(lambda: nothing_left(tmp_path), 15.0, "all processes to be gone")
-    assert sockets_of_the_dead() == []
+    assert sockets_of_the_dead() - earlier == set()
 
 
-def sockets_of_the_dead() -> list[Path]:
+def sockets_of_the_dead() -> set[Path]:
     """Socket files of scripts that have ended, and our own; other tests may be at work beside this one."""
     # names of runs are hexadecimal, and may begin with a number as well
     named = [(path, re.match(r"ipi_tumbaga-(\d+)-", path.name)) for path in Path("/tmp").glob("ipi_tumbaga-[0-9]*-*")]
     found = [(path, int(match.group(1))) for path, match in named if match]
-    return [path for path, pid in found if pid == os.getpid() or not Path("/proc", str(pid)).exists()]
+    return {path for path, pid in found if pid == os.getpid() or not Path("/proc", str(pid)).exists()}
 
 
 def nothing_left(folder: Path) -> bool:
@@ -254,14 +255,19 @@ def test_ctrl_c_ends_both(when: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_script_killed_while_its_server_starts_leaves_nothing(folder: Path) -> None:
-    """SIGKILL as soon as the socket is there: the fixture finds no process and no socket."""
+@pytest.mark.parametrize("when", ["run/log/serve.out", "socket", "run/log/gateway.err"])
+def test_a_script_killed_while_its_server_starts_leaves_nothing(when: str, folder: Path) -> None:
+    """SIGKILL as soon as there is the server's log, the socket, the first of the server's own processes: no socket, no process is left."""
     running = script(folder, "calc = start()")
-    until(lambda: list(Path("/tmp").glob(f"ipi_tumbaga-{running.pid}-*")), 30.0, "the socket")
-    until(lambda: list(folder.glob("run/log/serve.out")), 30.0, "the server's process")
+
+    def sockets() -> list[Path]:
+        return list(Path("/tmp").glob(f"ipi_tumbaga-{running.pid}-*"))
+
+    until(lambda: sockets() if when == "socket" else (folder / when).exists(), 30.0, when)
     running.kill()
     running.communicate(timeout=30)
-    until(lambda: not list(Path("/tmp").glob(f"ipi_tumbaga-{running.pid}-*")), 30.0, "the socket to be gone")
+    until(lambda: nothing_left(folder), 30.0, "the server's processes to be gone")
+    assert sockets() == []
 
 
 @pytest.mark.slow
