@@ -4,10 +4,12 @@ Pure numpy, float64. Knows neither potentials nor stores: it is handed linear mo
 
 The model: E = phi · (base + dw) + n_z · e_z + fixed and F = rows @ (base + dw) + fixed, Gaussian noise of the labels, Gaussian priors on
 dw and on the offsets e_z. Every row is divided by its noise before it enters ("whitened"), so that the noise of all rows is `factor`,
-which is 1 unless cross-validation asks for another.
+which is 1 unless cross-validation asks for another. What the base misses by far, as where atoms are inside each other, is more than a readout
+can mend: it counts less, or it would be learnt at the cost of everything else.
 
 Source: Bishop, Pattern Recognition and Machine Learning (2006), chapter 3 (posterior, evidence); Bigi, Chong, Ceriotti, Grasselli,
-arXiv 2403.02251 (last-layer posteriors of interatomic potentials). Force rows and the leave-one-label-out identity are derived here.
+arXiv 2403.02251 (last-layer posteriors of interatomic potentials); Holland & Welsch, Commun. Stat. A 6, 813 (1977) (the Cauchy weight of far
+residuals). Force rows and the leave-one-label-out identity are derived here.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Settings:
     Attributes:
         sigma_force: label noise of a force component including what the readout cannot express, eV/Å; smaller values are overconfident.
         sigma_energy: label noise of the energy, eV per atom; inf leaves energies out.
+        far: error of the base on an atom, eV/Å, whose square counts half; beyond it the more the less. inf: all count alike.
         prior_force: prior standard deviation of a force component, averaged over the rows behind `mean_h2`, eV/Å.
         prior_offset: prior standard deviation of the per-species offsets after their least-squares estimate is taken off, eV.
         noise_factors: candidates for the noise variance relative to the above; leave-one-label-out error chooses.
@@ -66,6 +69,7 @@ class Settings:
 
     sigma_force: float = 0.05
     sigma_energy: float = 0.002
+    far: float = 2.0
     prior_force: float = 0.4
     prior_offset: float = 1.0
     noise_factors: tuple[float, ...] = (1.0, 5.0, 25.0, 100.0)
@@ -187,7 +191,7 @@ def fit(
     equations = _Equations.of(labels, shift, prior, settings, anchors)
     factors = settings.noise_factors if len(labels) >= settings.choose_from else (settings.first_factor,)
     solutions = [equations.solve(factor) for factor in factors]
-    best = min(solutions, key=lambda solution: solution.loo_rmse)
+    best = min(solutions, key=lambda solution: solution.misfit)
     spread = best if best.factor >= 1.0 else equations.solve(1.0)
     n = base.size
     return Fit(
@@ -222,6 +226,7 @@ class _Solution:
     precision: Array
     covariance: Array
     left_out: tuple[LeftOut, ...]
+    misfit: float  # sum of squares of the left-out forces, whitened
     loo_rmse: float
     log_evidence: float
 
@@ -232,6 +237,7 @@ class _Equations:
 
     blocks: tuple[Array, ...]
     targets: tuple[Array, ...]
+    sigmas: tuple[Array, ...]  # of each row of forces, eV/Å
     prior: Array  # precision
     gram: Array
     moment: Array
@@ -239,7 +245,8 @@ class _Equations:
 
     @classmethod
     def of(cls, labels: Sequence[Labelled], shift: Array, prior: float, settings: Settings, anchors: Array | None) -> _Equations:
-        blocks, targets = zip(*(_whitened(one, shift, settings) for one in labels), strict=True)
+        sigmas = tuple(_sigmas(one, settings) for one in labels)
+        blocks, targets = zip(*(_whitened(one, shift, sigma, settings) for one, sigma in zip(labels, sigmas, strict=True)), strict=True)
         n_columns, n_species = labels[0].phi.size, labels[0].composition.size
         diagonal = np.concatenate([np.full(n_columns, prior), np.full(n_species, settings.prior_offset**-2)])
         gram = sum((block.T @ block for block in blocks), np.zeros((diagonal.size, diagonal.size)))
@@ -247,7 +254,7 @@ class _Equations:
         before = np.diag(diagonal)
         if anchors is not None and anchors.size:
             before[:n_columns, :n_columns] += settings.anchor_weight / settings.sigma_force**2 * (anchors.T @ anchors)
-        return cls(blocks, targets, before, gram, moment, settings)
+        return cls(blocks, targets, sigmas, before, gram, moment, settings)
 
     def solve(self, factor: float) -> _Solution:
         precision: Array = self.gram / factor + self.prior
@@ -264,10 +271,10 @@ class _Equations:
         if not np.isfinite(theta).all():
             raise UpdateRefusedError("the update is not finite")
         evidence = self._log_evidence(factor, 2 * float(np.log(np.diag(lower)).sum()), theta)
-        left_out = self._left_out(factor, theta, covariance)
-        sizes = [target.size - 1 for target in self.targets]
+        left_out, misfit = self._left_out(factor, theta, covariance)
+        sizes = [sigma.size for sigma in self.sigmas]
         rmse = math.sqrt(sum(size * one.force**2 for size, one in zip(sizes, left_out, strict=True)) / sum(sizes))
-        return _Solution(factor, theta, precision, covariance, left_out, rmse, evidence)
+        return _Solution(factor, theta, precision, covariance, left_out, misfit, rmse, evidence)
 
     def _slope(self, factor: float, theta: Array) -> Array:
         slope: Array = -(self.prior @ theta)
@@ -275,19 +282,21 @@ class _Equations:
             slope += block.T @ (target - block @ theta) / factor
         return slope
 
-    def _left_out(self, factor: float, theta: Array, covariance: Array) -> tuple[LeftOut, ...]:
+    def _left_out(self, factor: float, theta: Array, covariance: Array) -> tuple[tuple[LeftOut, ...], float]:
         """Errors of each label had it not been used: r_(-j) = (1 - K_j)^-1 r_j with K_j = X_j C X_j^T / factor; exact. The same inverse times
-        the noise is the covariance of those errors."""
-        found, force, energy = [], self.settings.sigma_force, self.settings.sigma_energy
-        for block, target in zip(self.blocks, self.targets, strict=True):
+        the noise is the covariance of those errors. Also the sum of squares of those of forces, whitened.
+
+        What is expected of a label is what is expected of an ordinary one: that it is far off must not be its own excuse."""
+        found, misfit, ordinary, energy = [], 0.0, self.settings.sigma_force, self.settings.sigma_energy
+        for block, target, sigma in zip(self.blocks, self.targets, self.sigmas, strict=True):
             inverse = np.linalg.inv(np.eye(len(block)) - block @ covariance @ block.T / factor)
             missed = inverse @ (target - block @ theta)
-            n_rows = target.size - 1  # the last row is the energy per atom
-            spread = math.sqrt(factor * float(np.diag(inverse)[:-1].mean()))
-            size = math.sqrt(float(missed[:-1] @ missed[:-1]) / n_rows)
-            off = float(missed[-1]) * energy * n_rows / 3 if math.isfinite(energy) else math.nan
-            found.append(LeftOut(force * size, force * spread, off))
-        return tuple(found)
+            forces, model = missed[:-1] * sigma, (np.diag(inverse)[:-1] - 1.0) * sigma**2  # the last row is the energy per atom
+            misfit += float(missed[:-1] @ missed[:-1])
+            spread = math.sqrt(factor * (float(model.mean()) + ordinary**2))
+            off = float(missed[-1]) * energy * sigma.size / 3 if math.isfinite(energy) else math.nan
+            found.append(LeftOut(math.sqrt(float(forces @ forces) / sigma.size), spread, off))
+        return tuple(found), misfit
 
     def _log_evidence(self, factor: float, log_det: float, theta: Array) -> float:
         n_rows = sum(target.size for target in self.targets)
@@ -297,14 +306,21 @@ class _Equations:
         return -0.5 * (n_rows * math.log(2 * math.pi * factor) + volume + misfit)
 
 
-def _whitened(one: Labelled, shift: Array, settings: Settings) -> tuple[Array, Array]:
+def _sigmas(one: Labelled, settings: Settings) -> Array:
+    """Noise of each row of forces, eV/Å, shape (3 * n_atoms,)."""
+    far = np.linalg.norm(one.residual(), axis=1) / settings.far
+    sigmas: Array = settings.sigma_force * np.repeat(np.hypot(1.0, far), 3)
+    return sigmas
+
+
+def _whitened(one: Labelled, shift: Array, sigma: Array, settings: Settings) -> tuple[Array, Array]:
     n_atoms, n_columns = len(one.forces_label), one.phi.size
     block = np.zeros((3 * n_atoms + 1, n_columns + one.composition.size))
-    block[:-1, :n_columns] = one.rows / settings.sigma_force
+    block[:-1, :n_columns] = one.rows / sigma[:, None]
     weight = 1.0 / (n_atoms * settings.sigma_energy)
     block[-1, :n_columns], block[-1, n_columns:] = one.phi * weight, one.composition * weight
     energy = (one.energy_label - one.energy_base) - float(one.composition @ shift)
-    return block, np.append(one.residual().ravel() / settings.sigma_force, energy * weight)
+    return block, np.append(one.residual().ravel() / sigma, energy * weight)
 
 
 def _marginal(precision: Array, n_columns: int) -> Array:

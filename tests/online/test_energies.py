@@ -15,7 +15,7 @@ from tumbaga.online.last_layer import Settings, fit
 from tumbaga.online.testing import ToyTrainable
 
 MakeLabels = Callable[..., list[Labelled]]
-SETTINGS = Settings(sigma_energy=0.005, noise_factors=(1.0,), first_factor=1.0)
+SETTINGS = Settings(sigma_energy=0.005, far=math.inf, noise_factors=(1.0,), first_factor=1.0)
 
 
 def test_it_is_the_posterior_of_readout_and_offsets_together(toy: ToyTrainable, make_labels: MakeLabels) -> None:

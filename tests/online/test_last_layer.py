@@ -52,9 +52,10 @@ def test_the_covariance_is_the_brute_force_posterior(toy: ToyTrainable, make_lab
 
     full = np.diag([2.0 / Settings().prior_force ** 2] * 8 + [1.0, 1.0])
     for one in labels:
-        for row in one.rows:
+        far = np.repeat((one.residual() ** 2).sum(axis=1), 3) / 2.0**2  # what the base misses by 2 eV/Å counts half
+        for row, more in zip(one.rows, far, strict=True):
             x = np.append(row, [0, 0])
-            full += np.outer(x, x) / 0.05**2
+            full += np.outer(x, x) / (0.05**2 * (1.0 + more))
         x = np.append(one.phi, one.composition) / len(one.forces_label)
         full += np.outer(x, x) / 0.002**2
     expected = np.linalg.inv(full)[:8, :8]
@@ -87,6 +88,33 @@ def test_with_one_label_leaving_it_out_is_the_base_error(toy: ToyTrainable, make
     assert fit(labels, toy.readout()).loo_rmse == pytest.approx(force_rmse(labels, toy.readout(), toy.readout()), rel=1e-6)
 
 
+def test_what_is_far_off_does_not_spoil_the_rest(toy: ToyTrainable, make_labels: MakeLabels) -> None:
+    """A label with forces that no readout can express costs other frames little; that it is far off is no excuse for it."""
+    labels, others = make_labels(6), make_labels(6)
+    wild = replace(labels[0], forces_label=labels[0].forces_label + 40.0 * np.sign(labels[0].forces_label))
+    wanted, robust, plain = (
+        fit([first, *labels[1:]], toy.readout(), Settings(far=far, sigma_energy=math.inf))
+        for first, far in ((labels[0], 2.0), (wild, 2.0), (wild, math.inf))
+    )
+    exact, robust_error, plain_error = (force_rmse(others, fitted.readout, fitted.base) for fitted in (wanted, robust, plain))
+
+    assert robust_error < exact + 0.1 * plain_error
+    assert plain_error > 10 * exact
+    assert robust.left_out[0].spread < 2 * max(one.spread for one in robust.left_out[1:])
+
+
+def test_errors_of_a_usual_size_count_alike(toy: ToyTrainable, make_labels: MakeLabels) -> None:
+    """Far below the bound it makes no difference; each refit without one label knows the same noise of the others."""
+    labels = [replace(one, forces_label=one.forces_base + 0.02 * one.residual()) for one in make_labels(5)]
+
+    np.testing.assert_allclose(
+        fit(labels, toy.readout(), mean_h2=2.0).delta,
+        fit(labels, toy.readout(), Settings(far=math.inf), mean_h2=2.0).delta,
+        rtol=0.05,
+        atol=1e-4,
+    )
+
+
 def test_no_label_gives_the_prior(toy: ToyTrainable) -> None:
     """Zero labels: no change, and the prior covariance."""
     fitted = fit([], toy.readout(), mean_h2=4.0)
@@ -117,12 +145,14 @@ def test_limits_of_the_ridge(toy: ToyTrainable, truth: ToyTrainable, make_labels
 
 def test_noise_is_chosen_by_the_left_out_error(toy: ToyTrainable, make_labels: MakeLabels) -> None:
     """From three labels on the factor with the least left-out error is taken, and noisy labels ask for more than exact ones."""
-    exact, noisy = fit(make_labels(6), toy.readout()), fit(make_labels(6, noise=1.0), toy.readout())
+    alike = Settings(far=math.inf)
+    exact, noisy = fit(make_labels(6), toy.readout(), alike), fit(make_labels(6, noise=1.0), toy.readout(), alike)
 
     assert exact.noise_factor < noisy.noise_factor
     for factor in Settings().noise_factors:
         labels = make_labels(4, noise=0.2)
-        assert fit(labels, toy.readout()).loo_rmse <= fit(labels, toy.readout(), Settings(noise_factors=(factor,))).loo_rmse + 1e-12
+        one = fit(labels, toy.readout(), Settings(far=math.inf, noise_factors=(factor,)))
+        assert fit(labels, toy.readout(), alike).loo_rmse <= one.loo_rmse + 1e-12
     assert fit(make_labels(2), toy.readout()).noise_factor == Settings().first_factor
 
 
@@ -148,7 +178,7 @@ def test_labels_shrink_the_uncertainty(toy: ToyTrainable, make_labels: MakeLabel
 def test_evidence_is_the_density_of_the_labels(toy: ToyTrainable, make_labels: MakeLabels) -> None:
     """ln p from determinants equals the plain Gaussian density of the whitened targets under prior plus noise."""
     label = make_labels(1)[0]
-    settings = Settings(sigma_energy=math.inf, first_factor=1.0)
+    settings = Settings(sigma_energy=math.inf, first_factor=1.0, far=math.inf)
     fitted = fit([label], toy.readout(), settings, mean_h2=2.0)
 
     x, y = label.rows / 0.05, label.residual().ravel() / 0.05

@@ -246,7 +246,7 @@ def test_nonsense_is_refused(bench: Bench, cluster: Callable[..., Frame], rng: n
     good = bench.learner.readout.copy()
 
     def random_forces(told: Label) -> Label:
-        forces: Array = 30.0 * rng.standard_normal(told.forces.shape)
+        forces: Array = 3.0 * rng.standard_normal(told.forces.shape)
         return Label(told.energy, forces, told.method, 0.0)
 
     for _ in range(6):
