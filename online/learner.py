@@ -359,21 +359,28 @@ class Learner:
         return None if covariance is None else factor * covariance, factor
 
     def _trusted_fit(self) -> last_layer.Fit:
-        """The fit to all training labels, once those are back that the others contradict no longer, and those are set aside, the worst one
-        first, that they do.
+        """The fit to all training labels that can be trusted."""
+        self._judge()
+        return self._fit(self.sets[Role.TRAIN], self._settings)
+
+    def _judge(self) -> None:
+        """Take labels back that the others contradict no longer, and set those aside, the worst one first, that they do.
+
+        By fits in which all errors count alike: others would find every label strange that is far off, and atoms that are inside each other make
+        such labels, which are right.
         """
         self._see_what_others_judged()
-        fitted = self._fit(self.sets[Role.TRAIN])
+        fitted = self._plain_fit(self.sets[Role.TRAIN])
         if self._taken_back(fitted):
-            fitted = self._fit(self.sets[Role.TRAIN])
+            fitted = self._plain_fit(self.sets[Role.TRAIN])
         released = self._store.released()
         spared = [one for one, stored in self._sources.items() if stored.id in released]
-        while True:
-            found = quality.doubtful(self.sets[Role.TRAIN], self.sets[Role.HOLDOUT], fitted, self._fit, spared)
-            if found is None or not quality.room_aside(len(self._doubted), self.n_labels):
-                return fitted
+        while quality.room_aside(len(self._doubted), self.n_labels):
+            found = quality.doubtful(self.sets[Role.TRAIN], self.sets[Role.HOLDOUT], fitted, self._plain_fit, spared)
+            if found is None:
+                return
             self._set_aside(*found)
-            fitted = self._fit(self.sets[Role.TRAIN])
+            fitted = self._plain_fit(self.sets[Role.TRAIN])
 
     def _taken_back(self, fitted: last_layer.Fit) -> bool:
         """Take labels back that were set aside and agree with the fit by now; return whether it must be made anew."""
@@ -406,8 +413,11 @@ class Learner:
         for one in [one for one, stored in self._doubted.items() if stored.id in known]:
             self._believe(one)
 
-    def _fit(self, labels: Sequence[Labelled]) -> last_layer.Fit:
-        return last_layer.fit(labels, self._base, self._settings, mean_h2=self._mean_h2, anchors=self._anchored())
+    def _plain_fit(self, labels: Sequence[Labelled]) -> last_layer.Fit:
+        return self._fit(labels, replace(self._settings, far=math.inf))
+
+    def _fit(self, labels: Sequence[Labelled], settings: last_layer.Settings) -> last_layer.Fit:
+        return last_layer.fit(labels, self._base, settings, mean_h2=self._mean_h2, anchors=self._anchored())
 
     def _anchored(self, more: Sequence[int] = ()) -> Array:
         """Rows of pressed pairs of the elements that have labels, and of more; computed when one is new."""
