@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tumbaga.online import quality
+from tumbaga.online.anchors import pair_rows
 from tumbaga.online.calibration import FEWEST, error_ratio
-from tumbaga.online.last_layer import Settings
+from tumbaga.online.last_layer import Fit, Labelled, Settings, fit
 from tumbaga.online.learner import Learner, Proposal, Refusal
 from tumbaga.online.quality import Bounds
 from tumbaga.online.records import Array, Frame, Label, Reason, Role
@@ -447,6 +450,33 @@ def test_what_another_learner_set_aside_is_forgotten(make_bench: Callable[..., B
     other.learner.update()
 
     assert other.learner.n_labels == 3
+
+
+def test_labels_are_judged_where_all_errors_count_alike(
+    make_bench: Callable[..., Bench], cluster: Callable[..., Frame], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is far off counts less in what serves; in the judgement it would look stranger than it is, so there it counts in full."""
+    bench, judged = make_bench(), []
+
+    def far_off(told: Label) -> Label:
+        return Label(told.energy, told.forces + 8.0 * rng.standard_normal(told.forces.shape), told.method, 0.0)
+
+    def doubtful(train: list[Labelled], held_out: list[Labelled], fitted: Fit, refit: quality.Refit, spared: list[Labelled]) -> None:
+        judged.append((train.copy(), fitted, refit(train)))
+
+    monkeypatch.setattr(quality, "doubtful", doubtful)
+    for turn in range(8):
+        assert bench.flag(cluster())
+        bench.label_next(far_off if turn == 4 else lambda told: told)
+    made = proposal(bench.learner)
+
+    ((train, fitted, again),) = judged
+    anchors = pair_rows(bench.toy, {1, 8})
+    wanted, alike = (fit(train, bench.toy.readout(), replace(NARROW, far=far), anchors=anchors) for far in (NARROW.far, math.inf))
+    assert np.abs(wanted.readout - alike.readout).max() > 0.05
+    np.testing.assert_allclose(fitted.readout, alike.readout, rtol=1e-9)
+    np.testing.assert_allclose(again.readout, alike.readout, rtol=1e-9)
+    np.testing.assert_allclose(made.readout, wanted.readout, rtol=1e-9)
 
 
 def test_a_label_beyond_its_bounds_is_set_aside(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
