@@ -384,9 +384,9 @@ class Learner:
 
     def _taken_back(self, fitted: last_layer.Fit) -> bool:
         """Take labels back that were set aside and agree with the fit by now; return whether it must be made anew."""
-        trains = False
+        trains, known = False, [*self.sets[Role.TRAIN]]  # those of the fit; whoever comes back is not among them
         for one, stored in [*self._doubted.items()]:
-            if not quality.believed_again(one, self.sets[Role.TRAIN], fitted):
+            if not quality.believed_again(one, known, fitted):
                 continue
             if self._store.take_back(stored.id, "the other labels contradict it no longer"):
                 self._believe(one)

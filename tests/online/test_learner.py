@@ -424,6 +424,25 @@ def test_a_label_that_the_others_agree_with_comes_back(make_bench: Callable[...,
     assert len(bench.store.quarantined()) == 2
 
 
+def test_labels_come_back_together(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
+    """Several at once, learnt from and held out: each is judged by the labels that were believed before."""
+    bench = make_bench()
+    bench.learn([cluster() for _ in range(16)])
+    before = proposal(make_bench().learner)
+    aside = bench.store.labels()[1:6]
+    for one in aside:
+        bench.store.set_aside(one.id, "energy", "a network that knew little thought so")
+    assert {one.role for one in aside} == {Role.TRAIN, Role.HOLDOUT}
+    again = make_bench()
+    assert again.learner.n_labels == 11
+
+    after = proposal(again.learner)
+
+    assert again.learner.n_labels == 16
+    assert again.store.quarantined() == []
+    np.testing.assert_allclose(after.readout, before.readout, rtol=1e-9)
+
+
 def test_a_released_label_is_learnt_and_believed(make_bench: Callable[..., Bench], cluster: Callable[..., Frame]) -> None:
     """The next start takes it with the others, and does not set it aside again."""
     bench = make_bench()
