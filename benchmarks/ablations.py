@@ -13,7 +13,8 @@ All in one process, by the classes that a run is made of (`_ablation_parts.py`);
                                                                                 stays with GFN2-xTB, the network's own teacher
   ramp     a version that serves from one call to the next, at constant energy  by the largest change of the forces in a call over the usual one
   gate     one label has its forces turned round; labels are not held           by the force error; the arm "poisoned" has the same label and all
-           against each other, nor updates against held-out labels              checks, "all" has no such label
+           against each other, nor updates against held-out labels, and         checks, "all" has no such label
+           what the potential misses by far counts like everything else
 
 Figures are geometric means over seeds (means where they may be 0). Pass: each arm that lacks a part is worse, by its own measure, than the arm
 that has it: rows and gate by a fifth, the others at all; the poisoned label costs at most a tenth where all checks are there; and the ledger: at constant energy with a swap over a ramp, the conserved energy less the work of the swap ends within 1 meV an atom
@@ -29,6 +30,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from contextlib import closing
@@ -59,7 +61,7 @@ ARMS = (
     Arm("audits", audits=False),
     Arm("anchors", last_layer.Settings(anchor_weight=0.0)),
     Arm("poisoned", poisoned=POISONED),
-    Arm("gate", last_layer.Settings(trust_floor=UNLIMITED, tolerance=UNLIMITED), guarded=False, poisoned=POISONED),
+    Arm("gate", last_layer.Settings(trust_floor=UNLIMITED, tolerance=UNLIMITED, far=math.inf), guarded=False, poisoned=POISONED),
 )
 RAMP, BEFORE, AFTER = 200, 400, 600  # calls
 LEDGER_MEV = 1.0  # an atom
