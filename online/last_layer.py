@@ -284,18 +284,15 @@ class _Equations:
 
     def _left_out(self, factor: float, theta: Array, covariance: Array) -> tuple[tuple[LeftOut, ...], float]:
         """Errors of each label had it not been used: r_(-j) = (1 - K_j)^-1 r_j with K_j = X_j C X_j^T / factor; exact. The same inverse times
-        the noise is the covariance of those errors. Also the sum of squares of those of forces, whitened.
-
-        What is expected of a label is what is expected of an ordinary one: that it is far off must not be its own excuse."""
-        found, misfit, ordinary, energy = [], 0.0, self.settings.sigma_force, self.settings.sigma_energy
+        the noise is the covariance of those errors. Also the sum of squares of those of forces, whitened."""
+        found, misfit, energy = [], 0.0, self.settings.sigma_energy
         for block, target, sigma in zip(self.blocks, self.targets, self.sigmas, strict=True):
             inverse = np.linalg.inv(np.eye(len(block)) - block @ covariance @ block.T / factor)
             missed = inverse @ (target - block @ theta)
-            forces, model = missed[:-1] * sigma, (np.diag(inverse)[:-1] - 1.0) * sigma**2  # the last row is the energy per atom
+            forces, variances = missed[:-1] * sigma, factor * np.diag(inverse)[:-1] * sigma**2  # the last row is the energy per atom
             misfit += float(missed[:-1] @ missed[:-1])
-            spread = math.sqrt(factor * (float(model.mean()) + ordinary**2))
             off = float(missed[-1]) * energy * sigma.size / 3 if math.isfinite(energy) else math.nan
-            found.append(LeftOut(math.sqrt(float(forces @ forces) / sigma.size), spread, off))
+            found.append(LeftOut(math.sqrt(float((forces**2).mean())), math.sqrt(float(variances.mean())), off))
         return tuple(found), misfit
 
     def _log_evidence(self, factor: float, log_det: float, theta: Array) -> float:

